@@ -1,0 +1,62 @@
+"""Files that are either whole or not there: write to a temporary sibling, rename at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rrhf_peft.records import UserError
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 so that `path` holds the old content or the new, never a part.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}). Choose a writable place.") from None
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty sibling folder that becomes `target` when the block ends well, and is removed when not.
+
+    What a killed process left behind is cleared by the next one. With `overwrite` an existing
+    target is replaced at the very end.
+
+    Raises:
+        UserError: the target exists and `overwrite` is false, or its parent cannot be written to.
+    """
+    target = Path(target)
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: already exists. Choose another folder, remove it, or pass --overwrite.")
+    staging = target.with_name(f".{target.name}.partial")
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}). Choose a writable place.") from None
+    try:
+        yield staging
+        retired = target.with_name(f".{target.name}.retired")
+        if target.exists():
+            target.rename(retired)
+        staging.rename(target)
+        if retired.exists():
+            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,262 @@
+"""The recipe's schema: every key a YAML recipe may hold, typed and documented once, here.
+
+`adapter` and `training` pass PEFT's and transformers' own field names through unchanged, so their
+models are generated from `peft.LoraConfig` and `transformers.TrainingArguments`.
+
+Left to others: reading files, overrides and error messages (`recipe.loading`), and what the values
+mean (each package's builder unpacks its own section).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from transformers import TrainingArguments
+
+Quantization = Literal["none", "int8", "nf4", "fp4"]
+Layout = Literal["auto", "shared", "plain"]
+Format = Literal["auto", "ranked", "rrhf", "preference", "hh", "rm_static"]
+Template = Literal["raw", "hh", "alpaca", "chat"]
+
+
+class Section(BaseModel):
+    """A strict mapping: no unknown keys, no silent conversions, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which base model to train, and how its weights are held."""
+
+    name: str = Field(description="Hub id or local folder of the base model.")
+    revision: str | None = Field(None, description="Hub branch, tag or commit.")
+    tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer, if not the model's own.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the unquantised weights. auto: bfloat16 on a GPU that computes in it, float32 elsewhere.",
+    )
+    quantization: Quantization = Field(
+        "none", description="How the frozen base is stored. nf4 with double_quant is QLoRA."
+    )
+    double_quant: bool = Field(True, description="Quantise the 4-bit blocks' scales as well (nf4 and fp4 only).")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "sdpa", description="Attention implementation. The shared layout needs sdpa, eager or flex_attention."
+    )
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off for a reason.")
+    init_adapter: str | None = Field(
+        None, description="Continue training this PEFT adapter instead of a new one; leave out `adapter`."
+    )
+
+
+class DataSection(Section):
+    """Where ranked responses come from and how they become tokens."""
+
+    train: str | list[str] = Field(
+        description="Files (.jsonl .json .parquet .csv), folders of them, or hub ids; a list is concatenated."
+    )
+    eval: str | list[str] | None = Field(None, description="Held-out ranked data, same format as `train`.")
+    eval_size: int | float | None = Field(
+        None, gt=0, description="Hold out this many groups (int) or this share (float below 1) of `train`."
+    )
+    split: str = Field("train", description="Split to read from hub ids and data set folders.")
+    eval_split: str = Field("test", description="The same for `eval`.")
+    format: Format = Field("auto", description="Importer; auto recognises the columns.")
+    template: Template = Field("raw", description="How a prompt becomes text; chat is the tokenizer's own template.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Longer prompts lose their beginning. Unset: max_tokens less one for the response."
+    )
+    max_tokens: int = Field(512, ge=2, description="Prompt plus response; longer responses lose their end and EOS.")
+    overlong_prompt: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What happens to a prompt longer than its limit."
+    )
+    max_groups: int | None = Field(None, ge=1, description="Read only the first this many groups.")
+
+
+class RRHFObjective(Section):
+    """The RRHF loss (arXiv 2304.05302), Eq. 1-5."""
+
+    name: Literal["rrhf"] = "rrhf"
+    variant: Literal["balanced", "paper", "released"] = Field(
+        "balanced",
+        description="balanced: Eq. 1-2 and a mean SFT loss. paper: Eq. 1-5 to the letter. released: the released "
+        "code's arithmetic, which divides by the padded length.",
+    )
+    rank_weight: float = Field(1.0, ge=0, description="Weight of the ranking loss.")
+    sft_weight: float = Field(1.0, ge=0, description="Weight of the fine-tuning loss on the best response.")
+    length_penalty: float = Field(1.0, ge=0, description="Exponent a of |y| in Eq. 1.")
+    margin: float = Field(0.0, description="Added inside the hinge of Eq. 2.")
+    min_score_gap: float = Field(0.0, ge=0, description="Only pairs whose scores differ by more than this count.")
+    pair_function: Literal["hinge", "logistic"] = Field(
+        "hinge", description="hinge: max(0, d). logistic: log(1 + exp(d))."
+    )
+    pair_reduction: Literal["sum", "mean"] = Field("sum", description="Over the ordered pairs of a group.")
+    sft_reduction: Literal["sum", "mean"] | None = Field(
+        None, description="Over the best response's tokens. Unset: sum for paper, mean for balanced."
+    )
+    tied_best: Literal["first", "mean"] = Field(
+        "first", description="Fine-tuning target when several responses share the best score."
+    )
+
+
+class SFTObjective(Section):
+    """Fine-tuning on the best response only."""
+
+    name: Literal["sft"]
+    sft_reduction: Literal["sum", "mean"] = Field("mean", description="Over the best response's tokens.")
+    tied_best: Literal["first", "mean"] = Field("first", description="Target when several share the best score.")
+
+
+ObjectiveSection = Annotated[RRHFObjective | SFTObjective, Field(discriminator="name")]
+
+
+class EngineSection(Section):
+    """How response log-probs are computed. Changes speed and memory, never the result."""
+
+    layout: Layout = Field(
+        "auto",
+        description="shared: the prompt once for its k responses. plain: one row per response. auto: shared where "
+        "the model allows it, proved on the first batch.",
+    )
+    chunk_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Split a micro-batch into chunks of about this many tokens; bounds the peak memory."
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="Recompute each layer in the backward pass. auto: on for models over 1B parameters."
+    )
+
+
+def _plain_type(hint: Any) -> Any:
+    """A type hint reduced to what YAML can say: enums become their values, foreign classes anything."""
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return Literal[tuple(member.value for member in hint)]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        members = [_plain_type(argument) for argument in arguments]
+        if Any in members:
+            return Any
+        if any(typing.get_origin(member) is Literal for member in members):
+            members = [member for member in members if member is not str]  # the enum's values are all there is
+        return typing.Union[tuple(members)]  # noqa: UP007 - built at run time
+    if origin is Literal:
+        return str if any("[" in str(argument) for argument in arguments) else hint
+    if origin in (list, dict):
+        return origin
+    return hint if hint in (int, float, bool, str, dict, list, type(None)) else Any
+
+
+def _model_of(name: str, source: type, doc: str, leave_out: set[str]) -> type[Section]:
+    """A strict model with the fields of a configuration dataclass, each optional and unset by default."""
+    hints = typing.get_type_hints(source)
+    fields: dict[str, Any] = {}
+    for item in dataclasses.fields(source):
+        if item.init and item.name not in leave_out:
+            description = str(item.metadata.get("help", "")).strip()
+            kind = _plain_type(hints[item.name])
+            fields[item.name] = (kind if kind is Any else kind | None, Field(None, description=description))
+    return create_model(name, __base__=Section, __doc__=doc, **fields)
+
+
+AdapterSection = _model_of(
+    "AdapterSection",
+    LoraConfig,
+    "peft.LoraConfig fields, names unchanged; `adapter: null` trains all weights.",
+    {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    | {"inference_mode", "runtime_config", "megatron_config", "megatron_core"},
+)
+TrainingSection = _model_of(
+    "TrainingSection",
+    TrainingArguments,
+    "transformers.TrainingArguments fields, names unchanged.",
+    {"gradient_checkpointing", "activation_checkpointing", "remove_unused_columns", "label_names"}
+    | {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "label_smoothing_factor", "debug"},
+)
+
+#: Keys that exist elsewhere but not here, with where to turn instead.
+MOVED_KEYS = {
+    "training.gradient_checkpointing": "set engine.gradient_checkpointing instead",
+    "training.activation_checkpointing": "set engine.gradient_checkpointing instead",
+    "training.resume_from_checkpoint": "pass --resume on the command line instead",
+    "training.remove_unused_columns": "the data columns are fixed; remove the key",
+    "training.label_smoothing_factor": "ranking objectives do not smooth labels; remove the key",
+    "training.max_length": "set data.max_tokens instead",
+    "data.max_length": "set data.max_tokens instead",
+    "data.max_prompt_length": "set data.max_prompt_tokens instead",
+    "model.load_in_4bit": "set model.quantization: nf4 instead",
+    "model.load_in_8bit": "set model.quantization: int8 instead",
+    "model.torch_dtype": "set model.dtype instead",
+    "model.model_name_or_path": "set model.name instead",
+}
+
+
+class Recipe(Section):
+    """One training run: model, adapter, data, objective, engine, training."""
+
+    model: ModelSection
+    adapter: AdapterSection | None = Field(  # type: ignore[valid-type]
+        default_factory=AdapterSection,
+        description="peft.LoraConfig fields. Left out: LoRA on all linear layers. null: train all weights.",
+    )
+    data: DataSection
+    objective: ObjectiveSection = Field(default_factory=RRHFObjective, description="The loss and its options.")
+    engine: EngineSection = Field(default_factory=EngineSection, description="Layout, chunks, checkpointing.")
+    training: TrainingSection  # type: ignore[valid-type]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_is_rrhf_unless_named(cls, values: Any) -> Any:
+        objective = values.get("objective") if isinstance(values, dict) else None
+        if isinstance(objective, dict) and "name" not in objective:
+            return {**values, "objective": {"name": "rrhf", **objective}}
+        return values
+
+    @model_validator(mode="after")
+    def _refuse_impossible_combinations(self) -> Recipe:
+        for key, problem in _contradictions(self):
+            raise ValueError(f"{key}: {problem}")
+        return self
+
+
+def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong and how to mend it) for settings that cannot go together."""
+    model, data, engine = recipe.model, recipe.data, recipe.engine
+    training: Any = recipe.training
+    if not training.output_dir:
+        yield "training.output_dir", "is required: the run folder to write, for example runs/my-run"
+    if model.quantization != "none" and recipe.adapter is None and model.init_adapter is None:
+        yield (
+            "adapter",
+            f"null trains all weights, but {model.quantization} weights cannot be trained; "
+            + ("set model.quantization: none, or give an adapter"),
+        )
+    if model.init_adapter and "adapter" in recipe.model_fields_set and recipe.adapter is not None:
+        yield "adapter", "model.init_adapter brings its own adapter settings; remove one of the two"
+    if engine.layout == "shared" and model.attention == "flash_attention_2":
+        yield "engine.layout", "shared needs an attention mask that flash_attention_2 cannot take; use sdpa or plain"
+    if data.max_prompt_tokens is not None and data.max_prompt_tokens >= data.max_tokens:
+        yield (
+            "data.max_prompt_tokens",
+            (
+                f"{data.max_prompt_tokens} leaves no token of data.max_tokens = {data.max_tokens} for a response; "
+                "lower it or raise data.max_tokens"
+            ),
+        )
+    if data.eval is not None and data.eval_size is not None:
+        yield "data.eval_size", "data.eval already names held-out data; remove one of the two"
+    if isinstance(data.eval_size, float) and data.eval_size >= 1:
+        yield "data.eval_size", f"{data.eval_size} is a share and must be below 1; write an integer for a count"
+    if training.eval_strategy not in (None, "no") and data.eval is None and data.eval_size is None:
+        yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
+    if training.bf16 and training.fp16:
+        yield "training.fp16", "bf16 and fp16 exclude each other; remove one"
+    objective = recipe.objective
+    if isinstance(objective, RRHFObjective):
+        if objective.variant == "released" and objective.sft_reduction is not None:
+            yield "objective.sft_reduction", "variant released always takes the mean over the padded length; remove it"
+        if objective.rank_weight == 0 and objective.sft_weight == 0:
+            yield "objective.rank_weight", "rank_weight and sft_weight are both 0: nothing would be trained"
