@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rrhf_peft.records import UserError
 from rrhf_peft.recipe.schema import MOVED_KEYS, Recipe
+from rrhf_peft.records import UserError
 
 
 class _RecipeYaml(yaml.SafeLoader):
@@ -93,7 +93,7 @@ def json_schema() -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_RecipeYaml)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_RecipeYaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
