@@ -1,0 +1,53 @@
+"""Fine-tuning on the best-scored response: RRHF's Eq. 3 and 4 alone, and the baseline to beat.
+
+Left to others: choosing data (every response below the best is ignored here).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from rrhf_peft.objectives.groups import (
+    best_weights,
+    mean_of,
+    normalised,
+    number_of_groups,
+    ordered_pairs,
+    ranking_metrics,
+    sum_per_group,
+)
+from rrhf_peft.records import Metrics, ResponseLogProbs
+
+
+def sft(
+    log_probs: ResponseLogProbs,
+    scores: torch.Tensor,
+    *,
+    reference: ResponseLogProbs | None = None,
+    sft_reduction: Literal["sum", "mean"] = "mean",
+    tied_best: Literal["first", "mean"] = "first",
+) -> tuple[torch.Tensor, Metrics]:
+    """Mean over groups of L_ft = - sum_t log P(y_best,t | ...) (https://arxiv.org/abs/2304.05302, Eq. 3, 4).
+
+    Args:
+        log_probs: per response, [N].
+        scores: float [N], higher is better.
+        reference: not used.
+        sft_reduction: sum or mean over the best response's tokens.
+        tied_best: the first of several best responses, or the mean over them.
+
+    Returns:
+        The loss (scalar, differentiable) and the metrics; pair accuracy uses mean log-probs per token.
+    """
+    assert reference is None, "sft has no reference policy"
+    group, groups = log_probs.group, number_of_groups(log_probs.group)
+    p = normalised(log_probs, log_probs.num_tokens, 1.0)
+    per_response = p if sft_reduction == "mean" else log_probs.sum
+    best = best_weights(scores, group, tied_best).to(per_response.dtype)
+    per_group = -sum_per_group(best * per_response, group, groups)  # Eq. 3, 4
+    return per_group.mean(), {
+        "sft_loss": mean_of(per_group),
+        **ranking_metrics(p.detach(), scores, group, ordered_pairs(scores, group)),
+    }
