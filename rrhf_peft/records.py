@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-import torch
+if TYPE_CHECKING:  # `rrhf-peft --help` needs UserError, not torch's seconds
+    import torch
 
 #: A chat message: ``{"role": "user" | "assistant" | "system", "content": "..."}``.
 Message = dict[str, str]
@@ -116,11 +117,11 @@ class Mean(NamedTuple):
 
     Attributes:
         total: float32 scalar, sum of the values.
-        count: float32 scalar, how many values were summed; 0 when there were none.
+        weight: float32 scalar, how many values were summed; 0 when there were none.
     """
 
     total: torch.Tensor
-    count: torch.Tensor
+    weight: torch.Tensor
 
 
 #: Metric name -> Mean.
