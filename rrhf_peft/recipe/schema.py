@@ -26,15 +26,15 @@ Template = Literal["raw", "hh", "alpaca", "chat"]
 
 
 class Section(BaseModel):
-    """A strict mapping: no unknown keys, no silent conversions, immutable once read."""
+    """A strict mapping: no unknown keys, no silent conversions, no NaN, immutable once read."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """Which base model to train, and how its weights are held."""
 
-    name: str = Field(description="Hub id or local folder of the base model.")
+    name: str = Field(min_length=1, description="Hub id or local folder of the base model.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer, if not the model's own.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -187,6 +187,15 @@ MOVED_KEYS = {
     "training.max_length": "set data.max_tokens instead",
     "data.max_length": "set data.max_tokens instead",
     "data.max_prompt_length": "set data.max_prompt_tokens instead",
+    "data.max_seq_length": "set data.max_tokens instead",
+    "training.max_seq_length": "set data.max_tokens instead",
+    "training.warmup_ratio": "set training.warmup_steps to a share below 1 instead, for example 0.03",
+    "training.lr": "set training.learning_rate instead",
+    "training.epochs": "set training.num_train_epochs instead",
+    "training.batch_size": "set training.per_device_train_batch_size instead (in groups)",
+    "adapter.rank": "set adapter.r instead",
+    "adapter.alpha": "set adapter.lora_alpha instead",
+    "adapter.dropout": "set adapter.lora_dropout instead",
     "model.load_in_4bit": "set model.quantization: nf4 instead",
     "model.load_in_8bit": "set model.quantization: int8 instead",
     "model.torch_dtype": "set model.dtype instead",
@@ -228,13 +237,13 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
     training: Any = recipe.training
     if not training.output_dir:
         yield "training.output_dir", "is required: the run folder to write, for example runs/my-run"
-    if model.quantization != "none" and recipe.adapter is None and model.init_adapter is None:
+    if model.quantization != "none" and recipe.adapter is None:
         yield (
             "adapter",
             f"null trains all weights, but {model.quantization} weights cannot be trained; "
             + ("set model.quantization: none, or give an adapter"),
         )
-    if model.init_adapter and "adapter" in recipe.model_fields_set and recipe.adapter is not None:
+    if model.init_adapter and recipe.adapter != AdapterSection():
         yield "adapter", "model.init_adapter brings its own adapter settings; remove one of the two"
     if engine.layout == "shared" and model.attention == "flash_attention_2":
         yield "engine.layout", "shared needs an attention mask that flash_attention_2 cannot take; use sdpa or plain"
