@@ -1,0 +1,47 @@
+# Every target sets up what it needs: a virtual environment in .venv, filled from constraints.txt.
+# Where packages come from is pip's own configuration (pip.conf, PIP_* variables).
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Create .venv and install everything (the other targets do this too)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "rrhf-peft needs Python 3.10 or newer, and '$(PYTHON)' is not. Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version); the first time takes some minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and alone, so that nothing else decides which build of it is installed
+	@$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## Train, compare and merge a small model, from nothing, in a few minutes
+	@$(BIN)/rrhf-peft demo --output runs/demo
+
+test: $(READY) ## Run the fast tests, README commands and notebooks included
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## Lint, format, types and import layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY) ## Apply the formatter and the safe lint fixes
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## Measure the engine against the plain step: queries/s and peak memory
+	@$(BIN)/python -m pytest tests/bench -m slow -s --timeout=3600
+
+clean: ## Remove the virtual environment and the caches, not the runs
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
