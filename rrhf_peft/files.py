@@ -27,6 +27,8 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}). Choose a writable place.") from None
 
 
@@ -34,29 +36,36 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
 def staged_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty sibling folder that becomes `target` when the block ends well, and is removed when not.
 
-    What a killed process left behind is cleared by the next one. With `overwrite` an existing
-    target is replaced at the very end.
+    What a killed process left behind is cleared, or put back, by the next one. With `overwrite` an
+    existing target is replaced at the very end.
 
     Raises:
         UserError: the target exists and `overwrite` is false, or its parent cannot be written to.
     """
     target = Path(target)
+    staging, retired = (target.with_name(f".{target.name}.{state}") for state in ("partial", "retired"))
+    if retired.exists() and not target.exists():  # killed between the two renames at the end
+        retired.rename(target)
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already exists. Choose another folder, remove it, or pass --overwrite.")
-    staging = target.with_name(f".{target.name}.partial")
     try:
-        if staging.exists():
-            shutil.rmtree(staging)
+        for leftover in (staging, retired):
+            _remove(leftover)
         staging.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}). Choose a writable place.") from None
     try:
         yield staging
-        retired = target.with_name(f".{target.name}.retired")
         if target.exists():
             target.rename(retired)
         staging.rename(target)
-        if retired.exists():
-            shutil.rmtree(retired) if retired.is_dir() else retired.unlink()
+        _remove(retired)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
