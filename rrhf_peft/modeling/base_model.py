@@ -1,0 +1,202 @@
+"""Load the base model: dtype, quantisation, device and attention chosen openly, every weight accounted for.
+
+Left to others: adapters (`adapter`), and what has to be set before training (`preparation`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+from rrhf_peft.modeling.checkpoint_files import checkpoint_tensors
+from rrhf_peft.modeling.quantization import QUANTIZATIONS, keep_quantized_layout, quantization_config
+from rrhf_peft.modeling.sources import resolve_source
+from rrhf_peft.records import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Heads that turn a language model into something that predicts no next token.
+_OTHER_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMaskedLM",
+    "ForRewardModel",
+    "RewardModel",
+)
+
+
+def default_device() -> torch.device:
+    """This process's own GPU (by LOCAL_RANK under a launcher, else the current one), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(rank) if rank is not None else torch.cuda.current_device())
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device | None = None) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that computes in it, float32 elsewhere; other names are themselves.
+
+    Raises:
+        UserError: not a dtype that weights can be loaded in.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        device = device or default_device()
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def load_base_model(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantization: str = "none",
+    double_quant: bool = True,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    device: str | int | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model with all of its weights, on one device, in evaluation mode.
+
+    Args:
+        name: Local folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+        dtype: Type of the unquantised weights; see `resolve_dtype` for `auto`.
+        quantization: none, int8, nf4 or fp4 (bitsandbytes; runs on CPUs too).
+        double_quant: Quantise the 4-bit blocks' scales as well.
+        attention: transformers' name of an attention implementation.
+        trust_remote_code: Run model code that comes with the weights.
+        device: Where to put the weights; by default `default_device()`. Under FSDP and ZeRO-3 the
+            launcher places unquantised weights and this is ignored.
+
+    Raises:
+        UserError: no such model, damaged or incomplete weights, another kind of model, or a setting
+            that this machine cannot honour.
+    """
+    target = _one_device(device)
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"model.quantization: {quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
+    weight_dtype = resolve_dtype(dtype, target)
+    source = resolve_source(name, revision=revision)
+    config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
+    if Path(source).is_dir() and (any(Path(source).glob("*.safetensors*")) or not any(Path(source).glob("*.bin"))):
+        checkpoint_tensors(Path(source))
+    sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=revision,
+            dtype=weight_dtype,
+            quantization_config=quantization_config(
+                quantization,
+                double_quant=double_quant,
+                device_type=target.type,
+                storage=weight_dtype if is_fsdp_enabled() else torch.uint8,
+            ),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            device_map=None if sharded and quantization == "none" else {"": target},
+            output_loading_info=True,
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(
+            f"{source}: does not fit into the memory of {target} as {quantization} {weight_dtype}. Set "
+            "model.quantization: nf4, train a smaller model, or shard it over several GPUs."
+        ) from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _loading_error(source, attention, error) from None
+    model, report = loaded
+    _refuse_incomplete(source, report)
+    keep_quantized_layout(model)
+    return model
+
+
+def load_config(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read a model's config.json and make sure that it is an unquantised causal language model.
+
+    Raises:
+        UserError: unreadable, unknown to transformers, another kind of model, or already quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{source}: this model needs Python code from its own repository. Read that code, then set "
+                "model.trust_remote_code: true if you trust it."
+            ) from None
+        raise UserError(f"{source}: its config.json cannot be used ({_first_line(error)}).") from None
+    architectures = list(getattr(config, "architectures", None) or [])
+    other = [architecture for architecture in architectures if architecture.endswith(_OTHER_HEADS)]
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if other or not known or config.is_encoder_decoder:
+        kind = other[0] if other else (architectures or [config.model_type])[0]
+        raise UserError(f"{source}: {kind} is not a causal language model. Name a model that predicts the next token.")
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise UserError(
+            f"{source}: these weights are already quantised ({method}). Name the original 16-bit checkpoint and set "
+            "model.quantization: nf4 (or int8, fp4), so that the trained adapter can be merged into it."
+        )
+    return config
+
+
+def _one_device(device: str | int | torch.device | None) -> torch.device:
+    if device is None:
+        return default_device()
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise UserError(
+            f"device {device!r} would spread the model over devices, which does not train. Leave it out: each "
+            "process takes its own GPU. Models too large for one GPU are sharded with FSDP."
+        )
+    try:
+        return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r}: {_first_line(error)}.") from None
+
+
+def _loading_error(source: str, attention: str, error: Exception) -> UserError:
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        return UserError(f"{source}: its weights cannot be read ({_first_line(error)}). Download them again.")
+    if "ignore_mismatched_sizes" in text:
+        return UserError(
+            f"{source}: the weights do not have the sizes that config.json promises. The folder mixes two models; "
+            "download it again."
+        )
+    if any(word in text.lower() for word in ("flash", "attn_implementation", "attention implementation", "sdpa")):
+        return UserError(
+            f"model.attention: {attention} cannot be used with {source} here ({_first_line(error)}). Try sdpa or eager."
+        )
+    return UserError(f"{source}: cannot be loaded as a causal language model ({_first_line(error)}).")
+
+
+def _refuse_incomplete(source: str, report: dict[str, set[str]]) -> None:
+    """Weights that the checkpoint lacks would be random: training on top of them is never meant."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source}: the checkpoint lacks {len(missing)} of the model's weights, which would be random: "
+            f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. It is incomplete or of another "
+            "architecture than its config.json says."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)

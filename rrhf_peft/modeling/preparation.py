@@ -1,0 +1,94 @@
+"""What a model needs before its first training step, and the proof after it that something is trained.
+
+Does not call PEFT's `prepare_model_for_kbit_training`: that casts embeddings, head and norms to float32.
+
+Left to others: the steps themselves (`rrhf_peft.training`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rrhf_peft.records import UserError
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below a PEFT wrapper, its adapter layers in place; itself when there is none."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel), type(inner)
+    return inner
+
+
+def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> None:
+    """Set training mode, no key-value cache, and non-reentrant checkpointing where asked.
+
+    With a frozen base the embedding's output is made to require a gradient, or else checkpointed
+    layers below the first adapter would have none to recompute.
+
+    Raises:
+        UserError: nothing is trainable, or the model cannot be checkpointed.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("no weight of this model is trainable. Give an adapter, or `adapter: null` for all weights.")
+    language_model = causal_lm(model)
+    language_model.config.use_cache = False
+    if gradient_checkpointing:
+        if not language_model.supports_gradient_checkpointing:
+            name = type(language_model).__name__
+            raise UserError(f"engine.gradient_checkpointing: {name} does not support it. Set it to false.")
+        language_model.activation_checkpointing_enable({"use_reentrant": False})
+        language_model.enable_input_require_grads()
+    model.train()
+
+
+@torch.no_grad()
+def check_gradients(model: nn.Module) -> None:
+    """After the first backward pass, make sure that it reached the trainable weights and is finite.
+
+    LoRA starts with B = 0, so A's gradients are exactly zero in the first step: one non-zero gradient
+    anywhere is enough. Sharded gradients (FSDP) are judged by this process's part, and all processes
+    together; call it on every process. DeepSpeed keeps gradients to itself: do not call it there.
+
+    Raises:
+        UserError: no gradient at all, only zeros, or a value that is not finite; names the parameter.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    largest: list[tuple[str, torch.Tensor]] = []
+    for name, parameter in trainable:
+        if parameter.grad is not None:
+            gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+            if gradient.numel():
+                largest.append((name, gradient.detach().abs().max().float()))
+    values = [value.item() for _, value in largest]
+    broken = [name for (name, _), value in zip(largest, values, strict=True) if not math.isfinite(value)]
+    device = trainable[0][1].device if trainable else torch.device("cpu")
+    any_broken, any_nonzero = _on_any_process([bool(broken), any(values)], device)
+    if any_broken:
+        name = f"'{broken[0]}'" if broken else "a parameter on another process"
+        raise UserError(
+            f"the gradient of {name} is not finite in the first step ({len(broken)} of {len(trainable)} trainable "
+            "tensors here). Use bfloat16 or float32 instead of float16, or look for broken data."
+        )
+    if not any_nonzero:
+        names = ", ".join(f"'{name}'" for name, _ in trainable[:2]) or "there are none"
+        problem = "are all zero" if largest else "are missing"
+        raise UserError(
+            f"the first step trains nothing: the gradients of all {len(trainable)} trainable tensors ({names} ...) "
+            f"{problem}. Check that the adapter's target modules lie on the model's path, and that the data holds "
+            "ordered pairs."
+        )
+
+
+def _on_any_process(here: list[bool], device: torch.device) -> list[bool]:
+    """Each of these facts, true when it is true on some process: all of them then raise, and none waits."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return here
+    flags = torch.tensor(here, dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
