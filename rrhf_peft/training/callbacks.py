@@ -1,0 +1,170 @@
+"""What happens beside the training loop: the metrics file, the progress display, the first-step check."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rrhf_peft.files import replace_text
+from rrhf_peft.modeling import check_gradients
+
+#: Without a terminal, one line of progress at most this often, in seconds.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class GradientCheck(TrainerCallback):
+    """Stops a run that would train nothing, at its first optimizer step."""
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the gradients once."""
+        if not self._checked:
+            check_gradients(kwargs["model"])
+            self._checked = True
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl`: one object per line with step, epoch and the metrics.
+
+    Resuming drops the lines after the checkpoint, so the file reads as if nothing had happened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start afresh, or keep what was logged up to the step resumed from."""
+        if not state.is_world_process_zero:
+            return
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        replace_text(self.path, "".join(f"{line}\n" for line in kept if state.global_step > 0))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line."""
+        if state.is_world_process_zero and logs:
+            entry = {"step": state.global_step, **logs}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar with loss, pair accuracy, tokens/s and the time left; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = self._last_line = 0.0
+        self._first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        if not state.is_world_process_zero:
+            return
+        self._started, self._first_step = time.monotonic(), state.global_step
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                Remaining(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+                expand=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest numbers."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            self.console.print(f"step {state.global_step}: held out: {_numbers(logs, 'eval_')}")
+        elif "loss" in logs:
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, numbers=_numbers(logs, ""))
+            else:
+                self._print_line(state, logs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the last state of the bar on the screen."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Put the terminal right, also when training ended in an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
+            return
+        self._last_line = now
+        done = state.global_step - self._first_step
+        left = (now - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps}  {_numbers(logs, '')}  {_duration(left)} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _numbers(logs: dict[str, Any], prefix: str) -> str:
+    parts = [f"loss {logs[f'{prefix}loss']:.3f}"]
+    if (accuracy := logs.get(f"{prefix}pair_accuracy")) is not None:
+        parts.append(f"pairs {accuracy:.0%}")
+    if (rate := logs.get(f"{prefix}tokens_per_second")) is not None:
+        parts.append(f"{rate:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file; a last line that a kill cut short is not one."""
+    if not path.exists():
+        return []
+    return [line.rstrip("\n") for line in path.open(encoding="utf-8") if line.endswith("\n")]

@@ -1,0 +1,57 @@
+"""`RRHFConfig`: transformers.TrainingArguments plus what ranking needs, in TRL's manner.
+
+Defaults that differ from transformers' are the ones a LoRA run on ranked responses wants. Left to
+others: the YAML recipe (`rrhf_peft.recipe`), whose sections `training.run` unpacks into this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class RRHFConfig(TrainingArguments):
+    """Arguments of `RRHFTrainer`. A batch counts groups: `per_device_train_batch_size=4` is 4 prompts.
+
+    Attributes:
+        objective: name in `rrhf_peft.objectives.OBJECTIVES`.
+        objective_options: that objective's keyword arguments (`variant`, `rank_weight` ...).
+        layout: shared, plain, or auto (shared, proved on the first batch).
+        chunk_tokens: tokens per chunk of a micro-batch; bounds peak memory, not the result.
+        template: how prompts become text, for data that is not tokenised yet.
+        max_prompt_tokens: longer prompts lose their beginning.
+        max_tokens: prompt plus response.
+        overlong_prompt: truncate, drop or error.
+    """
+
+    learning_rate: float = field(default=1e-4)
+    logging_steps: float = field(default=1)
+    save_strategy: str = field(default="epoch")
+    report_to: str | list[str] | None = field(default="none")
+    bf16: bool | None = field(default=None)  # type: ignore[assignment]
+
+    objective: str = field(default="rrhf")
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    layout: Literal["auto", "shared", "plain"] = field(default="auto")
+    chunk_tokens: int | Literal["auto"] = field(default="auto")
+    template: Literal["raw", "hh", "alpaca", "chat"] = field(default="raw")
+    max_prompt_tokens: int | None = field(default=None)
+    max_tokens: int = field(default=512)
+    overlong_prompt: Literal["truncate", "drop", "error"] = field(default="truncate")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _computes_bf16()
+        self.remove_unused_columns = False
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every adapter weight is used by every batch
+        super().__post_init__()
+
+
+def _computes_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)

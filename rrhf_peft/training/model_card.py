@@ -1,0 +1,87 @@
+"""The run folder's README: what was trained, on what, how it went, and how to use it.
+
+Left to others: the card of merged weights (`rrhf_peft.export`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rrhf_peft import __version__
+from rrhf_peft.data import DataReport
+from rrhf_peft.files import replace_text
+from rrhf_peft.recipe import Recipe, recipe_text
+
+_CURVE = ("loss", "rank_loss", "sft_loss", "pair_accuracy", "best_hit_rate")
+
+
+def write_model_card(folder: Path, recipe: Recipe, report: DataReport, history: list[dict[str, Any]]) -> None:
+    """Write README.md with Hugging Face metadata, in place of PEFT's empty form.
+
+    Args:
+        folder: the run folder.
+        recipe: what was run.
+        report: of the training data.
+        history: `TrainerState.log_history`.
+    """
+    steps = [entry for entry in history if "loss" in entry]
+    lines = [
+        "---",
+        f"base_model: {recipe.model.name}",
+        f"library_name: {'transformers' if recipe.adapter is None and not recipe.model.init_adapter else 'peft'}",
+        "tags: [rrhf, ranked-responses]",
+        "---",
+        "",
+        f"# {folder.name}",
+        "",
+        f"`{recipe.model.name}` aligned with ranked responses by the `{recipe.objective.name}` objective "
+        f"(RRHF, arXiv 2304.05302), with rrhf-peft {__version__}.",
+        "",
+        "## Data",
+        "",
+        *_data_lines(report),
+        "",
+        "## Training",
+        "",
+        *_curve_table(steps),
+        "",
+        "The curve is in `metrics.jsonl`, the data report in `data_report.json`. Standalone weights:",
+        "",
+        "```sh",
+        f"rrhf-peft merge {folder} --output {folder}-merged",
+        "```",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe_text(recipe).rstrip(),
+        "```",
+        "",
+    ]
+    replace_text(folder / "README.md", "\n".join(lines))
+
+
+def _data_lines(report: DataReport) -> list[str]:
+    """What a reader of the card asks first; the paper expects the policy's reward to approach the mean of max."""
+    most, least = max(report.k_histogram), min(report.k_histogram)
+    return [
+        f"- {report.groups_kept:,} groups, {report.responses_kept:,} responses "
+        f"({least if least == most else f'{least} to {most}'} per group)",
+        f"- scores: mean {report.score_mean:.3f}, mean of each group's maximum {report.score_mean_of_max:.3f}, "
+        f"{report.tie_rate:.0%} of pairs tied",
+        f"- sources: {', '.join(list(report.sources)[:12])}{' ...' if len(report.sources) > 12 else ''}",
+    ]
+
+
+def _curve_table(steps: list[dict[str, Any]]) -> list[str]:
+    """First and last tenth of the steps, averaged: single steps are noise."""
+    if not steps:
+        return ["No step was logged."]
+    tenth = max(1, len(steps) // 10)
+    rows = ["| | first steps | last steps |", "|---|---|---|"]
+    for name in _CURVE:
+        first, last = ([entry[name] for entry in part if name in entry] for part in (steps[:tenth], steps[-tenth:]))
+        if first and last:
+            rows.append(f"| {name} | {sum(first) / len(first):.4f} | {sum(last) / len(last):.4f} |")
+    return rows

@@ -1,0 +1,205 @@
+"""A recipe becomes a run folder: data, model, adapter, trainer, in the order a reader expects.
+
+Left to others: each of those steps; the command line (`rrhf_peft.train`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import set_seed
+
+from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
+from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer
+from rrhf_peft.objectives import NEEDS_PAIRS
+from rrhf_peft.recipe import Recipe
+from rrhf_peft.records import TokenizedGroup, UserError
+from rrhf_peft.training.callbacks import MetricsFile, TrainingProgress
+from rrhf_peft.training.config import RRHFConfig
+from rrhf_peft.training.model_card import write_model_card
+from rrhf_peft.training.run_folder import (
+    METRICS,
+    describe_run,
+    last_checkpoint,
+    open_run_folder,
+    refuse_changes,
+    refuse_occupied,
+)
+from rrhf_peft.training.trainer import RRHFTrainer
+
+#: With `engine.gradient_checkpointing: auto`, models above this many parameters are checkpointed.
+CHECKPOINTED_ABOVE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a finished run leaves.
+
+    Attributes:
+        run_folder: the adapter (or model), its tokenizer, recipe, reports, metrics and checkpoints.
+        metrics: the trainer's closing numbers (train_loss, train_runtime in seconds ...).
+        reports: data reports by split.
+    """
+
+    run_folder: Path
+    metrics: dict[str, float]
+    reports: dict[str, DataReport]
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    ignore_changes: bool = False,
+    console: Console | None = None,
+) -> TrainOutcome:
+    """Train what a recipe describes; under a launcher every process calls it.
+
+    Args:
+        recipe: checked recipe.
+        resume: continue from the last whole checkpoint; from the start if there is none.
+        overwrite: replace an existing run folder.
+        ignore_changes: resume although the recipe or the data changed.
+        console: where the report, notes and progress go; standard error by default.
+
+    Raises:
+        UserError: anything the user can mend; the run folder is untouched if it comes before training.
+    """
+    console = console or Console(stderr=True)
+    args = training_config(recipe)
+    main = args.process_index == 0  # joins the other processes
+    folder = Path(str(args.output_dir))
+    if main:
+        refuse_occupied(folder, resume=resume, overwrite=overwrite)
+    set_seed(args.seed)
+
+    tokenizer = load_tokenizer(
+        recipe.model.tokenizer or recipe.model.name,
+        revision=recipe.model.revision if recipe.model.tokenizer is None else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    splits, reports = load_data(recipe, tokenizer, seed=args.seed)
+    if resume and not ignore_changes:
+        refuse_changes(folder, recipe, reports["train"].fingerprint)
+    base = load_base_model(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
+        attention=recipe.model.attention,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    _refuse_longer_than_context(recipe, base)
+    args.gradient_checkpointing = (
+        base.num_parameters() > CHECKPOINTED_ABOVE
+        if recipe.engine.gradient_checkpointing == "auto"
+        else recipe.engine.gradient_checkpointing
+    )
+    base.config.pad_token_id = tokenizer.pad_token_id
+    if base.generation_config is not None:
+        base.generation_config.pad_token_id = tokenizer.pad_token_id
+    fields = None if recipe.adapter is None or recipe.model.init_adapter else recipe.adapter.model_dump()
+    model = attach_adapter(base, fields, init_adapter=recipe.model.init_adapter)
+    progress = TrainingProgress(console)
+    display = [] if args.disable_tqdm else [progress]
+    args.disable_tqdm = True  # ours shows what matters here
+    trainer = RRHFTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits.get("eval"),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(folder / METRICS), *display],
+    )
+
+    with args.main_process_first(desc="run folder"):
+        if main:
+            open_run_folder(folder, overwrite=overwrite)
+            describe_run(folder, recipe, {name: report.to_dict() for name, report in reports.items()})
+            console.print(reports["train"])
+            console.print(_summary(model, trainer), highlight=False)
+    checkpoint = last_checkpoint(folder) if resume else None
+    if resume and main:
+        start = (
+            f"continuing from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning"
+        )
+        console.print(start, highlight=False, soft_wrap=True)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.stop()
+    trainer.save_model()
+    trainer.save_state()
+    if main:
+        write_model_card(folder, recipe, reports["train"], trainer.state.log_history)
+    trainer.accelerator.wait_for_everyone()
+    return TrainOutcome(folder, result.metrics, reports)
+
+
+def training_config(recipe: Recipe) -> RRHFConfig:
+    """The recipe's training, objective, engine and data sections as `RRHFConfig`.
+
+    Raises:
+        UserError: a value that transformers refuses.
+    """
+    fields: dict[str, Any] = recipe.training.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    options = recipe.objective.model_dump(exclude={"name"})
+    try:
+        return RRHFConfig(
+            **fields,
+            objective=recipe.objective.name,
+            objective_options=options,
+            layout=recipe.engine.layout,
+            chunk_tokens=recipe.engine.chunk_tokens,
+        )
+    except (ValueError, ImportError, TypeError) as error:
+        raise UserError(f"training: transformers refuses these settings ({error}). Change or remove them.") from None
+
+
+def load_data(
+    recipe: Recipe, tokenizer: Any, *, seed: int
+) -> tuple[dict[str, list[TokenizedGroup]], dict[str, DataReport]]:
+    """The training split, and the held-out one where the recipe names it, as tokens with their reports."""
+    data = recipe.data
+    groups = {"train": read_groups(data.train, format=data.format, split=data.split, max_groups=data.max_groups)}
+    if data.eval is not None:
+        groups["eval"] = read_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
+    elif data.eval_size is not None:
+        groups["train"], groups["eval"] = hold_out(groups["train"], data.eval_size, seed)
+    splits, reports = {}, {}
+    for name, split in groups.items():
+        splits[name], reports[name] = tokenize_groups(
+            split,
+            tokenizer,
+            template=data.template,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_tokens=data.max_tokens,
+            overlong_prompt=data.overlong_prompt,
+            needs_pairs=recipe.objective.name in NEEDS_PAIRS,
+            min_score_gap=getattr(recipe.objective, "min_score_gap", 0.0),
+        )
+    return splits, reports
+
+
+def _refuse_longer_than_context(recipe: Recipe, model: Any) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and recipe.data.max_tokens > context:
+        raise UserError(
+            f"data.max_tokens: {recipe.data.max_tokens} is more than {recipe.model.name} can read ({context} tokens). "
+            f"Set data.max_tokens to {context} or less."
+        )
+
+
+def _summary(model: Any, trainer: RRHFTrainer) -> str:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    args, count = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return (
+        f"training {trained:,} parameters on {count:,} groups, {per_step} per step "
+        f"on {args.world_size} process{'es' * (args.world_size > 1)} ({args.device.type})"
+    )
