@@ -1,0 +1,24 @@
+"""Files -> RankedGroup -> token ids -> GroupBatch, and the report of what became of the data."""
+
+from rrhf_peft.data.collating import GroupCollator, source_names
+from rrhf_peft.data.example_view import render_example
+from rrhf_peft.data.importers import IMPORTERS
+from rrhf_peft.data.reading import hold_out, read_groups, write_ranked
+from rrhf_peft.data.report import DataReport
+from rrhf_peft.data.report_view import report_table
+from rrhf_peft.data.templates import TEMPLATES
+from rrhf_peft.data.tokenizing import tokenize_groups
+
+__all__ = [
+    "IMPORTERS",
+    "TEMPLATES",
+    "DataReport",
+    "GroupCollator",
+    "hold_out",
+    "read_groups",
+    "render_example",
+    "report_table",
+    "source_names",
+    "tokenize_groups",
+    "write_ranked",
+]

@@ -1,0 +1,189 @@
+"""Single files into rows: one reader for each file type, lazily, with the place of every record.
+
+JSON Lines, JSON and CSV are read here and not by `datasets`, because only then a malformed record can be
+reported with its line, and a CSV cell that says ``NA`` or ``007`` stays the text it is. Parquet goes
+through `datasets`, which also undoes its own feature encodings.
+
+Left to others: folders, hub ids and splits (`places`), and what the columns mean (`importers`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rrhf_peft.data.rows import Row
+from rrhf_peft.records import UserError
+
+
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """Yield the rows of one file; the ending of its name says how it is read.
+
+    Raises:
+        UserError: unknown ending, unreadable or empty file, or a malformed record.
+    """
+    reader = READERS.get(file_type(path))
+    if reader is None:
+        raise UserError(
+            f"{path}: cannot tell how to read this file. Known endings: {', '.join(READERS)}; rename or convert it."
+        )
+    found = False
+    try:
+        for row in reader(path):
+            found = True
+            yield row
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({reason}). Check the file and its permissions.") from None
+    if not found:
+        raise UserError(f"{path}: this file holds no rows. Remove it from the data, or write it again.")
+
+
+def file_type(path: Path) -> str:
+    """The ending that decides the reader: the last suffix, or the last two where the last is ``.gz``."""
+    suffixes = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
+    return "".join(suffixes).lower()
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, text in _lines(path):
+        if text.strip():
+            yield Row(_record(_parse(text, path, number), f"{path}:{number}"), str(path), line=number)
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of records, or one record per line: both are found under the name .json."""
+    with path.open("rb") as file:
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first != b"[":
+        yield from _read_jsonl(path)
+        return
+    text = "".join(line for _, line in _lines(path))
+    for index, value in enumerate(_parse(text, path)):
+        yield Row(_record(value, f"{path}: row {index} (from 0)"), str(path), index=index)
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with _wide_csv_fields():
+        reader = csv.reader((text for _, text in _lines(path)), strict=True)
+        header: list[str] = []
+        line = 1
+        try:
+            for cells in reader:
+                if not header:
+                    header = _checked_header(cells, path)
+                elif cells:
+                    if len(cells) != len(header):
+                        raise UserError(
+                            f"{path}:{line}: {len(cells)} cells under {len(header)} column names. "
+                            "Quote cells that hold commas or line breaks."
+                        )
+                    yield Row(dict(zip(header, cells, strict=True)), str(path), line=line, is_csv=True)
+                line = reader.line_num + 1  # where the next record begins
+        except csv.Error as error:
+            raise UserError(f"{path}:{line}: this is not valid CSV ({error}). Mend that record.") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import datasets  # here, because JSON and CSV should not wait for it
+    from pyarrow import ArrowException
+
+    with _silent_datasets():
+        try:
+            data = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            for index, values in enumerate(data):
+                yield Row(dict(values), str(path), index=index)
+        except (ArrowException, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}: cannot be read as Parquet ({reason}). Write or download it again.") from None
+
+
+#: Ending of the file name -> reader.
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line number from 1, and the line with its end. Split at line feeds only: JSON strings may hold U+2028."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                # Windows tools begin a UTF-8 file with a byte order mark.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: byte {line[error.start]:#04x} at position {error.start} of the line is not "
+                    "UTF-8. Save the file as UTF-8, or remove that line."
+                ) from None
+
+
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    """JSON text as a value; `line` is the text's line in the file, None where the text is the whole file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = error.lineno if line is None else line
+        raise UserError(
+            f"{path}:{place}: this is not valid JSON ({error.msg}, column {error.colno}). Mend or remove that line; "
+            "JSON Lines has one whole record on each line."
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; thousands of nested brackets
+        raise UserError(f"{path}:{line or 1}: this JSON cannot be read ({error}). Mend or remove it.") from None
+
+
+def _record(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(
+            f'{where}: a record is an object such as {{"prompt": ..., "responses": [...], "scores": [...]}}, '
+            f"not {json.dumps(value)[:40]}. Mend or remove it."
+        )
+    return value
+
+
+def _checked_header(cells: list[str], path: Path) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    if len(set(header)) != len(header) or not all(header):
+        raise UserError(
+            f"{path}:1: the first line must hold the column names, each once; it holds {', '.join(map(repr, header))}."
+        )
+    return header
+
+
+@contextlib.contextmanager
+def _wide_csv_fields() -> Iterator[None]:
+    """Lift the csv module's limit of 128 KiB per cell, which a list of k responses passes."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+@contextlib.contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """Keep `datasets` from logging an error that is about to be raised in our own words."""
+    from datasets.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a folder's file is data: a known ending, and not one of the files that describe a data set."""
+    described = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+    return file_type(path) in READERS and path.name not in described and path.is_file()

@@ -1,0 +1,147 @@
+"""One row of a source file, its place, and typed access to its fields.
+
+Every complaint about a row is made here, so that each names file, line and field in the same way.
+
+Left to others: reading files into rows (`row_readers`), and what the fields mean (`importers`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rrhf_peft.records import Message, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record as the file has it.
+
+    Attributes:
+        values: Column name -> value.
+        file: The file, or the hub id, that the row comes from.
+        line: Line of the file where the record begins, from 1; None where the file has no lines.
+        index: Position in the data set, from 0, as in ``dataset[index]``; None where `line` is known.
+        is_csv: Every value is text, and a list is written as JSON inside its cell.
+    """
+
+    values: dict[str, Any]
+    file: str
+    line: int | None = None
+    index: int | None = None
+    is_csv: bool = False
+
+    @property
+    def where(self) -> str:
+        """The place as error messages write it."""
+        return f"{self.file}:{self.line}" if self.line is not None else f"{self.file}: row {self.index} (from 0)"
+
+    def problem(self, text: str) -> UserError:
+        """A `UserError` about this row; `text` says what is wrong and what to do."""
+        return UserError(f"{self.where}: {text}")
+
+    def has(self, name: str) -> bool:
+        """Whether the column is there and filled. Arrow fills columns that a record lacks with None."""
+        return self.values.get(name) is not None
+
+    def text(self, name: str) -> str:
+        """A field that must be a string."""
+        return self._text(self.values.get(name), name)
+
+    def texts(self, name: str) -> list[str]:
+        """A field that must be a non-empty list of strings."""
+        return [self._text(value, f"{name}[{place}]") for place, value in enumerate(self._list(name))]
+
+    def scores(self, name: str, count: int) -> list[float]:
+        """A field that must be a list of `count` finite numbers, one for each response."""
+        values = self._list(name)
+        if len(values) != count:
+            raise self.problem(
+                f"{name} has {len(values)} entries for {count} responses. Give every response exactly one score."
+            )
+        return [self._score(value, f"{name}[{place}]") for place, value in enumerate(values)]
+
+    def prompt(self, name: str) -> str | list[Message]:
+        """A field that must be a string or a list of chat messages."""
+        return self.messages(name) if isinstance(self.values.get(name), list) else self.text(name)
+
+    def messages(self, name: str) -> list[Message]:
+        """A field that must be a non-empty list of ``{"role": ..., "content": ...}``; other keys are left out."""
+        messages = []
+        for place, value in enumerate(self._list(name)):
+            field = f"{name}[{place}]"
+            if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
+                found = ", ".join(map(repr, value)) if isinstance(value, dict) else _kind(value)
+                raise self.problem(
+                    f'{field} is not a chat message ({found}). Write {{"role": "user", "content": "..."}}.'
+                )
+            role, content = (self._text(value[key], f"{field}.{key}") for key in ("role", "content"))
+            messages.append({"role": role, "content": content})
+        return messages
+
+    def meta(self, used: Iterable[str]) -> dict[str, Any]:
+        """The columns not in `used`, and where the row was read: `file`, and `line` or `row`."""
+        used = set(used)
+        rest = {name: value for name, value in self.values.items() if name not in used and value is not None}
+        place = {"line": self.line} if self.line is not None else {"row": self.index}
+        return {**rest, "file": self.file, **place}
+
+    def _text(self, value: Any, field: str) -> str:
+        if not isinstance(value, str):
+            raise self.problem(f"{field} is {_kind(value)}, not text. Mend or remove that {self._unit}.")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            broken = value[error.start].encode("unicode_escape").decode()
+            raise self.problem(
+                f"{field} holds half a character ({broken} at position {error.start}), which no tokenizer can read. "
+                f"Mend or remove that {self._unit}."
+            ) from None
+        return value
+
+    def _score(self, value: Any, field: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.problem(f"{field} is {_kind(value)}, not a number. Mend or remove that {self._unit}.")
+        try:
+            score = float(value)
+        except OverflowError:  # JSON integers know no limit
+            score = math.inf
+        if not math.isfinite(score):
+            raise self.problem(
+                f"{field} is {score}. Scores must be finite, higher is better; mend or remove that {self._unit}."
+            )
+        return score
+
+    def _list(self, name: str) -> list[Any]:
+        value = self.values.get(name)
+        if self.is_csv and isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self.problem(
+                    f'{name} is not a JSON list. In CSV write lists as json.dumps does, for example ["a", "b"].'
+                ) from None
+        if not isinstance(value, list):
+            raise self.problem(f"{name} is {_kind(value)}, not a list. Mend or remove that {self._unit}.")
+        if not value:
+            raise self.problem(f"{name} is an empty list. Mend or remove that {self._unit}.")
+        return value
+
+    @property
+    def _unit(self) -> str:
+        return "line" if self.line is not None else "row"
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value is None:
+        return "null or missing"
+    if isinstance(value, bool):
+        return "true/false"
+    for kind, name in ((str, "text"), ((int, float), "a number"), (list, "a list"), (dict, "an object")):
+        if isinstance(value, kind):
+            return name
+    return f"a {type(value).__name__}"
