@@ -8,6 +8,7 @@ import pytest
 import torch
 from logprobs.batches import as_batch, random_groups
 from oracles.log_probs import float64_copy, response_sums
+from oracles.released import released_loss
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -107,6 +108,37 @@ def test_chunks_with_gradient_checkpointing(checkpointing):
     engine = install(model, chunk_tokens=30)
     got = gradients(model, engine.log_probs(model, batch).sum.square().sum())
     assert relative_error(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("k", [2, 5, 16])
+def test_released_variant_is_the_released_codes_arithmetic(k):
+    model = with_lora(small_llama())
+    (group,) = random_groups(k, [k], VOCABULARY)
+    prompt, responses = group
+    scores = torch.tensor(random_scores([group], k), dtype=torch.float64)
+    longest = len(prompt) + max(map(len, responses))
+    ids = torch.zeros(k, longest, dtype=torch.int64)
+    labels = torch.full((k, longest), -100)
+    for row, response in enumerate(responses):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor([*prompt, *response])
+        labels[row, len(prompt) - 1 : end - 1] = torch.tensor(response)
+    twin = float64_copy(model)
+    expected = released_loss(twin(input_ids=ids, use_cache=False).logits, labels, scores)
+    expected_gradients = gradients(twin, expected)
+
+    exact = ResponseLogProbs(
+        response_sums(twin, [group]),
+        torch.tensor([len(r) for r in responses]),
+        torch.full((k,), longest),
+        torch.zeros(k, dtype=torch.int64),
+    )
+    assert rrhf(exact, scores, variant="released")[0].item() == pytest.approx(expected.item(), rel=1e-13)
+
+    engine = install(model)
+    loss, _ = rrhf(engine.log_probs(model, as_batch([group])), scores, variant="released")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_error(gradients(model, loss), expected_gradients) < 1e-5
 
 
 def test_group_of_one_token_prompt_and_one_token_responses():
