@@ -49,7 +49,7 @@ def write_groups(path: Path, count: int, seed: int = 0) -> Path:
 
 
 def small_recipe(folder: Path, train: Path, run: Path, /, **sections: dict[str, Any] | None) -> Recipe:
-    """A recipe for the tiny model; keyword sections are merged over the defaults."""
+    """A recipe for the tiny model; keyword sections are merged over the defaults, empty ones replace them."""
     values: dict[str, Any] = {
         "model": {"name": str(folder)},
         "adapter": {"r": 4, "lora_alpha": 8},
@@ -65,7 +65,7 @@ def small_recipe(folder: Path, train: Path, run: Path, /, **sections: dict[str, 
         },
     }
     for name, changes in sections.items():
-        values[name] = changes if changes is None else {**(values.get(name) or {}), **changes}
+        values[name] = {**(values.get(name) or {}), **changes} if changes else changes
     return make_recipe(values)
 
 

@@ -85,7 +85,7 @@ def test_continue_from_an_adapter(tiny_model_folder, ranked, tmp_path):
         ranked,
         tmp_path / "second",
         model={"init_adapter": str(tmp_path / "first")},
-        adapter=None,
+        adapter={},
         training={"learning_rate": 1e-2},
     )
     train_recipe(recipe)
