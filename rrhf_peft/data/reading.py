@@ -48,12 +48,12 @@ def read_groups(
     for place in places:
         file, importer = None, None
         for row in rows_of(os.fspath(place), split=split, revision=revision):
-            if len(groups) == max_groups:
-                return groups
             if row.file != file or format != "auto":
                 file, importer = row.file, importer_for(row, format)
             assert isinstance(importer, Importer)
             groups.append(importer.read(row))
+            if len(groups) == max_groups:
+                return groups
     if not groups:
         raise UserError("no data was named. Give at least one file, folder or hub id.")
     return groups
