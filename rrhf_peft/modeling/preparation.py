@@ -8,6 +8,7 @@ Left to others: the steps themselves (`rrhf_peft.training`).
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -23,6 +24,15 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel), type(inner)
     return inner
+
+
+#: With `engine.gradient_checkpointing: auto`, models above this many parameters are checkpointed.
+CHECKPOINTED_ABOVE = 1_000_000_000
+
+
+def uses_checkpointing(setting: Literal["auto"] | bool, parameters: int) -> bool:
+    """Whether a base model of so many parameters is trained with gradient checkpointing."""
+    return parameters > CHECKPOINTED_ABOVE if setting == "auto" else setting
 
 
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> None:

@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer
+from rrhf_peft.modeling.preparation import uses_checkpointing
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import TokenizedGroup, UserError
@@ -29,10 +30,6 @@ from rrhf_peft.training.run_folder import (
     refuse_occupied,
 )
 from rrhf_peft.training.trainer import RRHFTrainer
-
-#: With `engine.gradient_checkpointing: auto`, models above this many parameters are checkpointed.
-CHECKPOINTED_ABOVE = 1_000_000_000
-
 
 @dataclass(frozen=True)
 class TrainOutcome:
@@ -95,11 +92,7 @@ def train_recipe(
         trust_remote_code=recipe.model.trust_remote_code,
     )
     _refuse_longer_than_context(recipe, base)
-    args.gradient_checkpointing = (
-        base.num_parameters() > CHECKPOINTED_ABOVE
-        if recipe.engine.gradient_checkpointing == "auto"
-        else recipe.engine.gradient_checkpointing
-    )
+    args.gradient_checkpointing = uses_checkpointing(recipe.engine.gradient_checkpointing, base.num_parameters())
     base.config.pad_token_id = tokenizer.pad_token_id
     if base.generation_config is not None:
         base.generation_config.pad_token_id = tokenizer.pad_token_id
