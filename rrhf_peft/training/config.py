@@ -51,6 +51,10 @@ class RRHFConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter weight is used by every batch
         super().__post_init__()
+        if self.n_gpu > 1:
+            # Without a launcher transformers would wrap the model in DataParallel, which cuts a
+            # GroupBatch along its flat token dimension. One process drives one GPU.
+            self._n_gpu = 1
 
 
 def _computes_bf16() -> bool:

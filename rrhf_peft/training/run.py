@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import set_seed
+from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer
@@ -30,6 +32,7 @@ from rrhf_peft.training.run_folder import (
     refuse_occupied,
 )
 from rrhf_peft.training.trainer import RRHFTrainer
+
 
 @dataclass(frozen=True)
 class TrainOutcome:
@@ -90,6 +93,7 @@ def train_recipe(
         double_quant=recipe.model.double_quant,
         attention=recipe.model.attention,
         trust_remote_code=recipe.model.trust_remote_code,
+        device=_loading_device(args),
     )
     _refuse_longer_than_context(recipe, base)
     args.gradient_checkpointing = uses_checkpointing(recipe.engine.gradient_checkpointing, base.num_parameters())
@@ -177,6 +181,12 @@ def load_data(
             min_score_gap=getattr(recipe.objective, "min_score_gap", 0.0),
         )
     return splits, reports
+
+
+def _loading_device(args: RRHFConfig) -> torch.device:
+    """Where this process puts the weights: its own device, or the host where FSDP or ZeRO will share them out."""
+    sharded = is_fsdp_enabled() or args.deepspeed is not None
+    return torch.device("cpu") if sharded else args.device
 
 
 def _refuse_longer_than_context(recipe: Recipe, model: Any) -> None:

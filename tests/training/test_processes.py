@@ -28,6 +28,8 @@ FSDP2 = {
     },
 }
 
+RAM_EFFICIENT = {"fsdp_cpu_ram_efficient_loading": True}
+
 
 def accelerate_launch(recipe, folder, config, *arguments):
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ def ranked(tmp_path_factory):
     [
         ("ddp", {"distributed_type": "MULTI_GPU"}, {"r": 4}),  # use_cpu makes it gloo; MULTI_CPU would want MPI
         ("fsdp2", FSDP2, {"r": 4}),
-        ("fsdp2-all-weights", FSDP2, None),
+        ("fsdp2-one-reads-for-all", {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], **RAM_EFFICIENT}}, None),
     ],
 )
 def test_two_processes_equal_one(tiny_model_folder, ranked, tmp_path, name, config, adapter):
