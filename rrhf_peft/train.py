@@ -17,7 +17,7 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Changes to the recipe, for example training.learning_rate=1e-4 or adapter=null.",
         show_default=False,
     ),
@@ -39,12 +39,16 @@ def train(
     [bold]Examples[/bold]
 
       rrhf-peft train recipes/quickstart.yaml
-      rrhf-peft train recipes/quickstart.yaml training.learning_rate=1e-4 objective.variant=paper
+      rrhf-peft train recipes/quickstart.yaml training.learning_rate=1e-4
       rrhf-peft train recipes/quickstart.yaml --resume
-      accelerate launch --config_file recipes/accelerate/ddp.yaml -m rrhf_peft.train recipes/lora_7b.yaml
 
-    The run folder (training.output_dir) gets the adapter in PEFT format, recipe.yaml as resolved,
-    data_report.json, metrics.jsonl and checkpoints.
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.train recipes/lora_7b.yaml
+
+    The run folder (training.output_dir) gets the adapter in PEFT format, the
+    resolved recipe.yaml, data_report.json, metrics.jsonl and checkpoints.
     """
     if resume and overwrite:
         raise typer.BadParameter(

@@ -226,6 +226,8 @@ def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int | None
     notes = []
     if not on_cpu:
         notes.append("the CUDA context, libraries' workspaces and fragmentation: commonly 1 to 2 GiB more")
+    else:
+        notes.append("what the C library's allocator holds back: often more than the activations themselves")
     if responses is None:
         notes.append("how full chunks are: this takes a full one; give --responses K for a closer bound")
     if recipe.model.quantization == "int8":

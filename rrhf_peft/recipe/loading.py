@@ -5,6 +5,7 @@ Left to others: what a recipe may hold (`recipe.schema`) and how a mistake is ex
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -68,20 +69,16 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         raise UserError(
             f"{path}: a recipe is a mapping of sections (model, data, training ...), not {kind_of(values)}."
         )
-    for override in overrides:
-        key = _apply_override(values, override)
-        places = {other: place for other, place in places.items() if other[: len(key)] != key}
-        places[key] = OVERRIDE
-    return _checked(values, str(path), places)
+    return _checked(values, str(path), places, overrides)
 
 
-def make_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Check a mapping of sections; `where` names its origin in error messages.
+def make_recipe(values: Mapping[str, Any], where: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
+    """Apply overrides to a mapping of sections and check it; `where` names its origin in error messages.
 
     Raises:
         UserError: one paragraph that lists every wrong key with its remedy.
     """
-    return _checked(values, where, {})
+    return _checked(copy.deepcopy(dict(values)), where, {}, overrides)
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -101,9 +98,13 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
-def _checked(values: Mapping[str, Any], where: str, places: Mapping[Key, str]) -> Recipe:
+def _checked(values: dict[str, Any], where: str, places: dict[Key, str], overrides: Iterable[str]) -> Recipe:
+    for override in overrides:
+        key = _apply_override(values, override)
+        places = {other: place for other, place in places.items() if other[: len(key)] != key}
+        places[key] = OVERRIDE
     try:
-        return Recipe.model_validate(dict(values))
+        return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: {explain(error, places)}") from None
 

@@ -14,12 +14,11 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.integrations import is_fsdp_enabled
 
-from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
+from rrhf_peft.data import DataReport
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer
 from rrhf_peft.modeling.preparation import uses_checkpointing
-from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.records import TokenizedGroup, UserError
+from rrhf_peft.records import UserError
 from rrhf_peft.training.callbacks import MetricsFile, TrainingProgress
 from rrhf_peft.training.config import RRHFConfig
 from rrhf_peft.training.model_card import write_model_card
@@ -31,6 +30,7 @@ from rrhf_peft.training.run_folder import (
     refuse_changes,
     refuse_occupied,
 )
+from rrhf_peft.training.splits import read_splits, tokenize_splits
 from rrhf_peft.training.trainer import RRHFTrainer
 
 
@@ -82,7 +82,7 @@ def train_recipe(
         revision=recipe.model.revision if recipe.model.tokenizer is None else None,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    splits, reports = load_data(recipe, tokenizer, seed=args.seed)
+    splits, reports = tokenize_splits(recipe, read_splits(recipe), tokenizer)
     if resume and not ignore_changes:
         refuse_changes(folder, recipe, reports["train"].fingerprint)
     base = load_base_model(
@@ -156,31 +156,6 @@ def training_config(recipe: Recipe) -> RRHFConfig:
         )
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"training: transformers refuses these settings ({error}). Change or remove them.") from None
-
-
-def load_data(
-    recipe: Recipe, tokenizer: Any, *, seed: int
-) -> tuple[dict[str, list[TokenizedGroup]], dict[str, DataReport]]:
-    """The training split, and the held-out one where the recipe names it, as tokens with their reports."""
-    data = recipe.data
-    groups = {"train": read_groups(data.train, format=data.format, split=data.split, max_groups=data.max_groups)}
-    if data.eval is not None:
-        groups["eval"] = read_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
-    elif data.eval_size is not None:
-        groups["train"], groups["eval"] = hold_out(groups["train"], data.eval_size, seed)
-    splits, reports = {}, {}
-    for name, split in groups.items():
-        splits[name], reports[name] = tokenize_groups(
-            split,
-            tokenizer,
-            template=data.template,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_tokens=data.max_tokens,
-            overlong_prompt=data.overlong_prompt,
-            needs_pairs=recipe.objective.name in NEEDS_PAIRS,
-            min_score_gap=getattr(recipe.objective, "min_score_gap", 0.0),
-        )
-    return splits, reports
 
 
 def _loading_device(args: RRHFConfig) -> torch.device:

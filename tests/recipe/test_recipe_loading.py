@@ -127,6 +127,13 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
         recipe.model.name = "y"  # type: ignore[misc]
 
 
+def test_a_recipe_made_in_python_takes_overrides_and_leaves_its_values_alone() -> None:
+    values = {"model": {"name": "x"}, "data": {"train": "a"}, "training": {"output_dir": "o"}}
+    recipe = make_recipe(values, overrides=["model.quantization=nf4", "data.max_tokens=8"])
+    assert (recipe.model.quantization, recipe.data.max_tokens) == ("nf4", 8)
+    assert values == {"model": {"name": "x"}, "data": {"train": "a"}, "training": {"output_dir": "o"}}
+
+
 def test_a_recipe_made_in_python_names_its_origin_in_errors() -> None:
     with pytest.raises(UserError, match=r"^my-sweep: model\.nme: unknown key; did you mean 'name'\?"):
         make_recipe({"model": {"name": "x", "nme": "y"}, "data": {"train": "a"}, "training": {}}, where="my-sweep")
