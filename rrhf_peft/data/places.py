@@ -39,7 +39,7 @@ def rows_of(where: str, *, split: str, revision: str | None = None) -> Iterator[
         raise UserError(f"{where}: cannot be read ({error.strerror}). Check the path.") from None
     if is_file:
         return rows_of_file(path)
-    if is_folder and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if is_folder and _is_saved(path):
         return _rows_of_saved(path, split)
     if is_folder:
         return (row for file in files_of_split(path, split) for row in rows_of_file(file))
@@ -98,6 +98,12 @@ def rows_of_hub(name: str, *, split: str, revision: str | None = None) -> Iterat
     return _rows_of_dataset(data, name)
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved this folder: several splits, or a single data set."""
+    names = {file.name for file in folder.iterdir()}
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+
+
 def _rows_of_saved(folder: Path, split: str) -> Iterator[Row]:
     import datasets  # here, because local files should not wait for it
 
@@ -128,4 +134,4 @@ def _did_you_mean(path: Path) -> str:
     """The nearest name beside the one that is missing."""
     siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)
-    return f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    return f" (did you mean {path.parent / nearest[0]}?)" if nearest else ""
