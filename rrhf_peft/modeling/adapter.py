@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from rrhf_peft.modeling.adapter_files import load_adapter_weights, read_adapter
+from rrhf_peft.modeling.adapter_files import AdapterFiles, load_adapter_weights, read_adapter
 from rrhf_peft.modeling.quantization import quantized_modules
 from rrhf_peft.records import UserError
 
@@ -112,6 +112,15 @@ def _attach_existing(model: PreTrainedModel, name: str | os.PathLike[str]) -> Pe
             f"{files.folder}: this adapter was trained on {trained_on}, and the base model is {here}. Name that base "
             "model; if it is the same one at another place, set base_model_name_or_path in adapter_config.json."
         )
+    return attach_adapter_files(model, files)
+
+
+def attach_adapter_files(model: PreTrainedModel, files: AdapterFiles) -> PeftModel:
+    """Attach an adapter that was read already, whatever base model it names.
+
+    Raises:
+        UserError: it does not fit `model`.
+    """
     files.config.inference_mode = False
     peft_model = _with_layers(model, files.config, str(files.folder))
     load_adapter_weights(peft_model, files)

@@ -101,15 +101,21 @@ def load_adapter_weights(model: PeftModel, files: AdapterFiles) -> None:
         raise UserError(
             f"{where}: there is no place for {_some(result.unexpected_keys)} of {files.folder / WEIGHTS_FILE}. {remedy}"
         )
-    missing = sorted(set(result.missing_keys) & _adapter_keys(model))
+    missing = _missing(model, set(result.missing_keys))
     if missing:
         raise UserError(f"{where}: {files.folder / WEIGHTS_FILE} lacks {_some(missing)}. {remedy}")
 
 
-def _adapter_keys(model: PeftModel) -> set[str]:
-    """State dict keys that belong to the adapter: those that appear or vanish with it."""
-    markers = (".lora_", ".modules_to_save.", ".trainable_tokens_", ".token_adapter.")
-    return {key for key in model.state_dict() if any(marker in key for marker in markers) and ".base_layer." not in key}
+def _missing(model: PeftModel, keys: set[str]) -> list[str]:
+    """Those of the keys that an adapter should have brought: base weights and tied doubles are not among them."""
+    markers = (".lora_", ".modules_to_save.", ".trainable_tokens_delta")
+    state = model.state_dict(keep_vars=True)
+    loaded = {id(tensor) for key, tensor in state.items() if key not in keys}
+    return sorted(
+        key
+        for key in keys
+        if any(marker in key for marker in markers) and ".base_layer." not in key and id(state[key]) not in loaded
+    )
 
 
 def _some(names: list[str]) -> str:

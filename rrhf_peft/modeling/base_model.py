@@ -181,9 +181,8 @@ def _loading_error(source: str, attention: str, error: Exception) -> UserError:
             "download it again."
         )
     if any(word in text.lower() for word in ("flash", "attn_implementation", "attention implementation", "sdpa")):
-        return UserError(
-            f"model.attention: {attention} cannot be used with {source} here ({_first_line(error)}). Try sdpa or eager."
-        )
+        reason = _first_line(error).split(". ")[0]
+        return UserError(f"model.attention: {attention} cannot be used with {source} here ({reason}). Try eager.")
     return UserError(f"{source}: cannot be loaded as a causal language model ({_first_line(error)}).")
 
 

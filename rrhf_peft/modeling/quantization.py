@@ -108,3 +108,14 @@ def dequantized_weight(module: nn.Module, dtype: torch.dtype = torch.float32) ->
         return bnb.functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)
     assert isinstance(weight, torch.Tensor), type(module)
     return weight.detach().to(dtype)
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Make a model compute in float32 with the weights that it has, quantised ones included."""
+    model.float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight: Any = module.weight
+            # DoRA takes the norms of weights that were multiplied out in this dtype.
+            weight.quant_state.dtype = torch.float32
+            module.compute_dtype = torch.float32

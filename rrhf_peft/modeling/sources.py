@@ -66,9 +66,10 @@ def _checked_folder(path: Path, required: Sequence[str], what: str) -> str:
             f"{path}: this is an adapter, not a {what}. Name its base model here, and the adapter as "
             "model.init_adapter."
         )
-    inner = sorted(child.name for child in path.iterdir() if child.is_dir() and _holds(child, required))
+    inner = [child.name for child in path.iterdir() if child.is_dir() and _holds(child, required)]
+    inner.sort(key=lambda name: (len(name), name))  # checkpoint-10 comes after checkpoint-9
     hint = f" Did you mean '{path / inner[-1]}'?" if inner else " Check the path."
-    raise UserError(f"{path}: this folder holds no {' or '.join(required)}, so it is not a {what}.{hint}")
+    raise UserError(f"{path}: this folder holds no {' or '.join(required)}, so it is no {what}.{hint}")
 
 
 def _holds(folder: Path, files: Sequence[str]) -> bool:
