@@ -214,7 +214,7 @@ def test_what_cannot_be_read_is_named_in_one_paragraph(case, tmp_path):
 
 def test_a_missing_file_is_answered_with_its_neighbour(jsonl, tmp_path):
     jsonl(*ROWS, name="ranked.jsonl")
-    with pytest.raises(UserError, match=r"rankd\.jsonl: there is no such file .* did you mean .*ranked\.jsonl\?"):
+    with pytest.raises(UserError, match=r"rankd\.jsonl: there is no such file .*did you mean .*ranked\.jsonl\?"):
         read_groups(tmp_path / "rankd.jsonl")
 
 
