@@ -41,7 +41,7 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 	@$(BIN)/ruff format .
 
 bench: $(READY) ## Measure the engine against the plain step: queries/s and peak memory
-	@$(BIN)/python -m pytest tests/bench -m slow -s --timeout=3600
+	@$(BIN)/python tests/bench/step_bench.py
 
 clean: ## Remove the virtual environment and the caches, not the runs
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info

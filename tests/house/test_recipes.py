@@ -1,0 +1,130 @@
+"""Every shipped recipe parses, plans as its header says, and takes one step with a tiny model in place of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+from rrhf_peft.memory_plan import plan_memory
+from rrhf_peft.recipe import load_recipe, recipe_text
+from rrhf_peft.training import train_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LAUNCH_CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+#: config.json of the models that recipes name, so that they can be planned without a network.
+CONFIGS = {
+    "huggyllama/llama-7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def recipe_path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_there_are_recipes_and_each_has_a_row_in_the_table() -> None:
+    assert {path.stem for path in RECIPES} >= {"quickstart", "qlora_7b", "lora_7b", "full_8xa100"}
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    for path in [*RECIPES, *LAUNCH_CONFIGS]:
+        assert f"({path.relative_to(ROOT / 'recipes')})" in table, path.name
+
+
+def test_the_header_says_how_to_run_it_where_what_to_expect_and_whether_it_was_run(recipe_path: Path) -> None:
+    header = recipe_path.read_text(encoding="utf-8").partition("\nmodel:")[0]
+    assert all(line.startswith("#") for line in header.splitlines() if line)
+    assert f"recipes/{recipe_path.name}" in header
+    for part in ("Hardware:", "Expect:"):
+        assert part in header
+    assert re.search(r"^# (Run|Not run):? ", header, flags=re.MULTILINE)
+
+
+def test_its_snapshot_is_the_same_recipe(recipe_path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_path)
+    (tmp_path / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_its_plan_is_the_one_in_its_header(recipe_path: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    text = recipe_path.read_text(encoding="utf-8")
+    name = load_recipe(recipe_path).model.name
+    if name not in CONFIGS:
+        assert plan_memory(load_recipe(recipe_path, [f"model.name={tiny_model_folder}"])).peak_bytes > 0
+        return
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    stated = re.search(r"peak of ([0-9.]+) GiB.*?`rrhf-peft plan (\S+)([^`]*)`", text, flags=re.DOTALL)
+    assert stated is not None
+    peak, path, options = stated.groups()
+    assert path == f"recipes/{recipe_path.name}"
+    keywords = {option: int(value) for option, value in re.findall(r"--(\w+) (\d+)", options)}
+    plan = plan_memory(load_recipe(recipe_path, [f"model.name={tmp_path}"]), **keywords)
+    assert f"{plan.peak_bytes / 2**30:.1f}" == peak
+
+
+def test_it_takes_a_step_with_a_tiny_model(recipe_path: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+    ranked = tmp_path / "ranked.jsonl"
+    groups = [
+        {"prompt": f"Question {i}?", "responses": ["Yes.", "No, not at all.", "Maybe."], "scores": [2, 0, 1]}
+        for i in range(20)
+    ]
+    ranked.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    recipe = load_recipe(
+        recipe_path,
+        [
+            f"model.name={tiny_model_folder}",
+            f"data.train={ranked}",
+            "data.format=ranked",
+            "data.template=raw",
+            "data.max_tokens=128",
+            "data.max_prompt_tokens=64",
+            f"training.output_dir={tmp_path / 'run'}",
+            "training.max_steps=1",
+            "training.gradient_accumulation_steps=1",
+            "training.per_device_train_batch_size=4",
+            "training.use_cpu=true",
+            "training.bf16=false",
+            *(["data.eval_size=4"] if load_recipe(recipe_path).data.eval_size is not None else []),
+        ],
+    )
+    outcome = train_recipe(recipe)
+    assert math.isfinite(outcome.metrics["train_loss"])
+    weights = "model.safetensors" if recipe.adapter is None else "adapter_model.safetensors"
+    assert (outcome.run_folder / weights).is_file()
+
+
+@pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_its_launch_configs(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    assert config.num_processes >= 1
+    assert f"recipes/accelerate/{path.name}" in path.read_text(encoding="utf-8")
+    if path.stem.startswith("fsdp"):
+        assert config.fsdp_config["fsdp_version"] == 2
