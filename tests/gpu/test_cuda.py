@@ -29,8 +29,7 @@ def llama(attention="sdpa", dtype=torch.float32):
 
 
 def batch(seed=0, sizes=(3, 6, 2)):
-    made = as_batch(random_groups(seed, sizes, VOCABULARY, longest_prompt=200, longest_response=90), device="cuda")
-    return made
+    return as_batch(random_groups(seed, sizes, VOCABULARY, longest_prompt=200, longest_response=90), device="cuda")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
