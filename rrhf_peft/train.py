@@ -60,12 +60,13 @@ def train(
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.training import train_recipe
 
-    outcome = train_recipe(
-        load_recipe(recipe, overrides or []), resume=resume, overwrite=overwrite, ignore_changes=ignore_changes
-    )
+    checked = load_recipe(recipe, overrides or [])
+    outcome = train_recipe(checked, resume=resume, overwrite=overwrite, ignore_changes=ignore_changes)
     if process_index() == 0:
         folder = outcome.run_folder
-        typer.echo(f"Done: {folder}\nNext: rrhf-peft merge {folder} --output {folder}-merged")
+        typer.echo(f"Done: {folder}")
+        if checked.adapter is not None:
+            typer.echo(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
 
 
 def main() -> None:
