@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,21 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class GradientCheck(TrainerCallback):
-    """Stops a run that would train nothing, at its first optimizer step."""
+    """Stops a run that would train nothing, at its first optimizer step that had a loss.
 
-    def __init__(self) -> None:
+    Args:
+        lost_anything: whether any process has seen a loss other than 0 yet; collective.
+    """
+
+    def __init__(self, lost_anything: Callable[[], bool]) -> None:
+        self._lost_anything = lost_anything
         self._checked = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the gradients once."""
-        if not self._checked:
+        """Check the gradients once; DeepSpeed keeps them to itself."""
+        if not self._checked and args.deepspeed is None and self._lost_anything():
             check_gradients(kwargs["model"])
             self._checked = True
 

@@ -5,6 +5,7 @@ Left to others: each of those steps; the command line (`rrhf_peft.train`).
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import set_seed
 from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.data import DataReport
-from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer
+from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, resolve_source
 from rrhf_peft.modeling.preparation import uses_checkpointing
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import UserError
@@ -77,6 +78,7 @@ def train_recipe(
         refuse_occupied(folder, resume=resume, overwrite=overwrite)
     set_seed(args.seed)
 
+    resolve_source(recipe.model.name, revision=recipe.model.revision)  # before anything that takes longer
     tokenizer = load_tokenizer(
         recipe.model.tokenizer or recipe.model.name,
         revision=recipe.model.revision if recipe.model.tokenizer is None else None,
@@ -146,6 +148,10 @@ def training_config(recipe: Recipe) -> RRHFConfig:
     """
     fields: dict[str, Any] = recipe.training.model_dump(exclude_none=True)  # type: ignore[attr-defined]
     options = recipe.objective.model_dump(exclude={"name"})
+    wanted = fields.get("report_to") or []
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
+            raise UserError(f"training.report_to: {name} is not installed. Run: pip install 'rrhf-peft[{name}]'.")
     try:
         return RRHFConfig(
             **fields,

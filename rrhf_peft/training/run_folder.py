@@ -10,6 +10,7 @@ Left to others: training itself (`training.run`).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ def refuse_occupied(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: training.output_dir is a file. Choose a folder.")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{folder}: training.output_dir cannot be made in {above}. Choose a writable folder.")
     if not folder.is_dir() or not any(folder.iterdir()) or resume:
         return
     if not overwrite:
@@ -43,9 +47,10 @@ def refuse_occupied(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"{folder}: training.output_dir already holds files. Pass --resume to continue that run, --overwrite to "
             "replace it, or choose another folder."
         )
-    if not (folder / RECIPE).is_file():
+    missing = [name for name in (RECIPE, DATA_REPORT) if not (folder / name).is_file()]
+    if missing:  # a folder with a recipe.yaml alone may be where the user works
         raise UserError(
-            f"{folder}: --overwrite replaces run folders only, and this one has no {RECIPE}. "
+            f"{folder}: --overwrite replaces run folders only, and this one has no {missing[0]}. "
             "Choose another training.output_dir, or remove the folder yourself."
         )
 

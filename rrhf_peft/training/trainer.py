@@ -13,11 +13,13 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftConfig, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback
@@ -80,6 +82,7 @@ class RRHFTrainer(Trainer):
         self.engine = install(model, layout=args.layout, chunk_tokens=args.chunk_tokens)
         self.proof: Proof | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._loss_so_far = torch.zeros((), device=args.device)
         self._last_log = (time.perf_counter(), 0)
         super().__init__(
             model=model,
@@ -88,7 +91,7 @@ class RRHFTrainer(Trainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=processing_class,
-            callbacks=[GradientCheck(), *(callbacks or [])],
+            callbacks=[GradientCheck(self._lost_anything), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # compute_loss weighs by groups in the step
@@ -98,19 +101,6 @@ class RRHFTrainer(Trainer):
 
     # ---- Loss ----
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; before the first, the engine proves its layout on it."""
-        if self.proof is None:
-            self.proof = prove(model, self.engine, self._prepare_inputs(inputs), fall_back=self.args.layout != "shared")
-            if self.proof.rejected and self.is_world_process_zero():
-                logger.warning(
-                    "engine: %s; this run uses the %s layout%s",
-                    "; ".join(self.proof.rejected),
-                    self.proof.layout,
-                    " with the model's own logits" if self.proof.own_logits else "",
-                )
-        return super().training_step(model, inputs, num_items_in_batch)
-
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -119,15 +109,33 @@ class RRHFTrainer(Trainer):
         DDP and FSDP average gradients over processes, hence the factor num_processes: the result is
         the mean over all groups of the optimizer step, however they were split.
         """
+        if self.proof is None:
+            self._prove_engine(model, inputs)
         log_probs = self.engine.log_probs(model, inputs)
         loss, metrics = self.objective(log_probs, inputs["scores"], **self.objective_options)
         self._require_finite(log_probs, loss, inputs)
         metrics = {**metrics, **source_metrics(log_probs, inputs["source"], self.source_names)}
         self._sums["train" if model.training else "eval"].add(metrics)
+        self._loss_so_far += loss.detach().abs()
         if num_items_in_batch is not None:
             groups = len(inputs["prompt_lengths"])
             loss = loss * (groups * self.accelerator.num_processes / num_items_in_batch)
         return (loss, log_probs) if return_outputs else loss
+
+    def _prove_engine(self, model: nn.Module, inputs: Any) -> None:
+        """On the first batch of the run: settle the layout that gives this model's own log-probs."""
+        self.proof = prove(model, self.engine, inputs, fall_back=self.args.layout != "shared")
+        if self.proof.rejected and self.is_world_process_zero():
+            logger.warning(
+                "engine: %s; this run uses the %s layout%s",
+                "; ".join(self.proof.rejected),
+                self.proof.layout,
+                " with the model's own logits" if self.proof.own_logits else "",
+            )
+
+    def _lost_anything(self) -> bool:
+        """Whether any process has seen a loss other than 0, which has no gradient; collective."""
+        return bool(self.accelerator.reduce(self._loss_so_far, reduction="sum") > 0)
 
     def _get_num_items_in_batch(self, batch_samples: list[GroupBatch], device: torch.device) -> torch.Tensor:
         """Groups in this optimizer step, over all micro-batches and processes."""
@@ -185,6 +193,20 @@ class RRHFTrainer(Trainer):
             "tokens_saved": 1 - seen / unshared if unshared else 0.0,
             "peak_memory_gib": _peak_memory() / 2**30,
         }
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save as transformers does, then look: sharded training can write tensors without elements."""
+        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
+        for file in sorted(folder.glob("*.safetensors")) if self.args.should_save else ():
+            with safe_open(file, framework="pt") as tensors:
+                empty = [name for name in tensors.keys() if 0 in tensors.get_slice(name).get_shape()]  # noqa: SIM118
+            if empty:
+                raise UserError(
+                    f"{file}: {len(empty)} tensors were saved without elements, {empty[0]} first. They are still "
+                    "sharded; set fsdp_state_dict_type: FULL_STATE_DICT (FSDP) or zero3_save_16bit_model: true "
+                    "(ZeRO-3) in the accelerate config."
+                )
 
     def _save_rng_state(self, output_dir: str) -> None:
         """All processes' states are on disk before the trainer state that declares a checkpoint whole."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from training.ranked_files import logged, small_recipe, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,9 +98,35 @@ def test_a_run_that_trains_nothing_is_an_error(tiny_model_folder, ranked, tmp_pa
     from rrhf_peft.logprobs import engine
 
     forward = engine._forward_rows
-    monkeypatch.setattr(engine, "_forward_rows", lambda *args: forward(*args) * 0.0)
+    # the right values, cut off from every weight
+    monkeypatch.setattr(engine, "_forward_rows", lambda *args: (out := forward(*args)).detach() + 0.0 * out)
     monkeypatch.setattr("rrhf_peft.training.trainer.prove", lambda *args, **kwargs: type("P", (), {"rejected": ()}))
     with pytest.raises(UserError, match="all zero"):
+        train_recipe(small_recipe(tiny_model_folder, ranked, tmp_path / "run"))
+
+
+def test_a_first_step_without_loss_is_no_error(tiny_model_folder, tmp_path):
+    """Ranking alone, every pair already in order: loss 0, gradient 0, and nothing wrong with it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    trainer = RRHFTrainer(
+        model=model,
+        args=config(tmp_path / "run", objective_options={"sft_weight": 0.0, "margin": -100.0}),
+        train_dataset=[RankedGroup(f"say {i}", ["yes", "no"], [1.0, 0.0], ["a", "b"]) for i in range(8)],
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0.0
+
+
+def test_tensors_saved_empty_are_an_error(tiny_model_folder, ranked, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    def save_empty(self, output_dir=None, state_dict=None):
+        save_file({"a": torch.ones(2), "b": torch.ones(0)}, f"{output_dir}/adapter_model.safetensors")
+
+    monkeypatch.setattr(Trainer, "_save", save_empty)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: 1 tensors were saved without elements, b first"):
         train_recipe(small_recipe(tiny_model_folder, ranked, tmp_path / "run"))
 
 
