@@ -30,10 +30,12 @@ _TOKENIZER_FILES = (
 
 
 def write_config(base: Path, target: Path, *, dtype: torch.dtype, untie: bool) -> None:
-    """Copy config.json with the new dtype, without quantisation, and untied where the tensors differ."""
+    """Copy config.json with the new dtype, and untied where the tensors differ.
+
+    There is no quantisation to take out: a base checkpoint that is quantised on disk is refused.
+    """
     config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        section.pop("quantization_config", None)
         if "torch_dtype" in section or "dtype" in section or section is config:
             section.pop("torch_dtype", None)
             section["dtype"] = str(dtype).removeprefix("torch.")

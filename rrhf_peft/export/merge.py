@@ -66,8 +66,8 @@ def merge_adapter(
 ) -> MergeReport:
     """Write the base model with the adapter merged in, as a folder that needs no PEFT and no bitsandbytes.
 
-    The host memory is about one shard and two tensors; verification after that holds one whole
-    model in float32 at a time. No GPU is used.
+    The host memory is about one shard and three of the largest tensors in float32; verification after
+    that holds one whole model in float32 at a time. No GPU is used.
 
     Args:
         adapter: A run folder, a `checkpoint-N` in it, or any PEFT LoRA folder.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,6 +30,8 @@ _CHANGES_BASE = ("pissa", "olora", "loftq")
 _REFUSED = {
     "alora_invocation_tokens": "aLoRA switches on in mid-sequence, which the training engine does not follow",
     "arrow_config": "Arrow routes between finished adapters and has nothing to train here",
+    "monteclora_config": "MonteCLoRA samples its weights, so that no two responses would be scored by the same model",
+    "use_qalora": "QA-LoRA needs GPTQ layers, which are not loaded here",
     "kasa_config": "KaSA needs penalty terms that the training loop does not add",
     "eva_config": "EVA needs a pass over the data before training, which is not made here",
     "corda_config": "CorDA needs a pass over the data before training, which is not made here",
@@ -70,6 +73,7 @@ def attach_adapter(
                 "adapter: null trains all weights, but quantised ones cannot. Set model.quantization: none."
             )
         return model.requires_grad_(True)
+    _refuse_changing_base(model, adapter.get("init_lora_weights"), "adapter")
     return _with_layers(model, lora_config(adapter), "adapter")
 
 
@@ -122,20 +126,16 @@ def attach_adapter_files(model: PreTrainedModel, files: AdapterFiles) -> PeftMod
         UserError: it does not fit `model`.
     """
     files.config.inference_mode = False
+    _refuse_changing_base(model, files.config.init_lora_weights, str(files.folder))
     peft_model = _with_layers(model, files.config, str(files.folder))
     load_adapter_weights(peft_model, files)
     return peft_model
 
 
 def _with_layers(model: PreTrainedModel, config: LoraConfig, where: str) -> PeftModel:
-    init = str(config.init_lora_weights).lower()
-    quantized = quantized_modules(model)
-    if quantized and init.startswith(_CHANGES_BASE):
-        raise UserError(
-            f"{where}: init_lora_weights {init} takes a part out of the base weights, and quantised ones cannot give "
-            "it. Set model.quantization: none, or init_lora_weights: true."
-        )
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+    if config.use_bdlora and quantized_modules(model):
+        raise UserError(f"{where}: PEFT ignores use_bdlora on quantised layers. Remove it or the quantisation.")
     try:
         with _quiet():
             peft_model = get_peft_model(model, config)
@@ -146,6 +146,17 @@ def _with_layers(model: PreTrainedModel, config: LoraConfig, where: str) -> Peft
         ) from None
     _refuse_unmatched(peft_model, config, where, linear)
     return peft_model
+
+
+def _refuse_changing_base(model: PreTrainedModel, init: object, where: str) -> None:
+    name = str(init).lower()
+    if name.startswith(_CHANGES_BASE) and quantized_modules(model):
+        raise UserError(
+            f"{where}: init_lora_weights {name} takes a part out of the base weights, and quantised ones cannot give "
+            "it. Set model.quantization: none, or init_lora_weights: true."
+        )
+    if name == "loftq" and not torch.cuda.is_available():
+        raise UserError(f"{where}: PEFT computes init_lora_weights loftq on a GPU only. Use pissa, or a GPU.")
 
 
 def _refuse_unmatched(model: PeftModel, config: LoraConfig, where: str, linear: list[str]) -> None:

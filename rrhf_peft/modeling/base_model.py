@@ -93,7 +93,7 @@ def load_base_model(
     config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
     if Path(source).is_dir() and (any(Path(source).glob("*.safetensors*")) or not any(Path(source).glob("*.bin"))):
         checkpoint_tensors(Path(source))
-    sharded = is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+    placed_by_launcher = is_deepspeed_zero3_enabled() or (is_fsdp_enabled() and quantization == "none")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -108,7 +108,7 @@ def load_base_model(
             ),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
-            device_map=None if sharded and quantization == "none" else {"": target},
+            device_map=None if placed_by_launcher else {"": target},
             output_loading_info=True,
         )
     except torch.cuda.OutOfMemoryError:
@@ -144,7 +144,7 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     )
-    if other or not known or config.is_encoder_decoder:
+    if other or not known or getattr(config, "is_encoder_decoder", False):
         kind = other[0] if other else (architectures or [config.model_type])[0]
         raise UserError(f"{source}: {kind} is not a causal language model. Name a model that predicts the next token.")
     quantized = getattr(config, "quantization_config", None)

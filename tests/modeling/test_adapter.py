@@ -100,6 +100,7 @@ def test_adapter_weights_are_float32_on_a_bfloat16_base(tiny_model_folder: Path,
         ({"init_lora_weights": "zork"}, "adapter: .*zork"),
         ({"init_lora_weights": "pissa_niter_4"}, "cannot be repeated"),
         ({"init_lora_weights": "eva"}, "a pass over the data"),
+        ({"use_qalora": True}, "adapter.use_qalora: not available"),
         ({"alora_invocation_tokens": [1]}, "adapter.alora_invocation_tokens: not available"),
     ],
 )
@@ -109,13 +110,25 @@ def test_impossible_fields_are_named(tiny_model_folder: Path, fields: dict[str, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_initialisations_that_change_the_base_refuse_a_quantised_one(
     tiny_model_folder: Path, quantization: str, init: str
 ) -> None:
     with pytest.raises(UserError, match="takes a part out of the base weights"):
         attach_adapter(load_base_model(tiny_model_folder, quantization=quantization), {"init_lora_weights": init})
+
+
+def test_block_diagonal_adapters_refuse_a_quantised_base(tiny_model_folder: Path) -> None:
+    blocks = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+    with pytest.raises(UserError, match="ignores use_bdlora"):
+        attach_adapter(load_base_model(tiny_model_folder, quantization="nf4"), {"use_bdlora": blocks})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_loftq_without_a_gpu_is_refused(tiny_model_folder: Path) -> None:
+    with pytest.raises(UserError, match="loftq on a GPU only"):
+        attach_adapter(load_base_model(tiny_model_folder), {"init_lora_weights": "loftq"})
 
 
 @pytest.fixture
