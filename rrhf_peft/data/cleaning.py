@@ -56,6 +56,11 @@ class Encoded:
     text: str
     ids: list[int]
 
+    @property
+    def is_empty(self) -> bool:
+        """No tokens, or nothing but white space."""
+        return not self.ids or not self.text.strip()
+
 
 @dataclass
 class Kept:
@@ -84,7 +89,7 @@ def without_duplicates(
     whole: set[bytes] = set()
     kept: dict[bytes, Kept] = {}
     for encoded, score, source in zip(responses, group.scores, group.sources, strict=True):
-        if not encoded.ids or not encoded.text.strip():
+        if encoded.is_empty:
             counts.empty_responses += 1
             continue
         full = array("i", [*encoded.ids, eos])
@@ -123,7 +128,7 @@ def no_data_left(counts: Counts) -> UserError:
     if not counts.groups_read:
         return UserError("there are no groups to train on. Check data.train and data.max_groups.")
     explained = {
-        "overlong_prompt": "have a prompt over the limit (raise data.max_prompt_tokens, or truncate)",
+        "overlong_prompt": "have a prompt over the limit (raise it or data.max_tokens, or truncate)",
         "no_response": "have only empty responses (check the responses column)",
         "single_response": "have a single response left, so nothing to rank (objective sft can use them)",
         "no_ordered_pair": "have no two scores that differ by more than the gap (check the scores column)",

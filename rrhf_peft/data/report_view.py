@@ -52,7 +52,7 @@ def _facts(report: DataReport) -> list[tuple[str, str]]:
     if r.conflicting_duplicates:
         facts.append(("", f"{r.conflicting_duplicates:,} had duplicates with other scores: the mean was taken"))
     if "equal_after_truncation" in r.duplicates_merged:
-        facts.append(("", "truncation made responses equal: raise max_tokens or lower max_prompt_tokens"))
+        facts.append(("", "truncation made responses equal: raise max_tokens or set max_prompt_tokens lower"))
     if r.repeated_prompts:
         facts.append(("prompts", f"{r.repeated_prompts:,} groups repeat the prompt of an earlier one"))
     if r.empty_prompts:
@@ -66,7 +66,7 @@ def _facts(report: DataReport) -> list[tuple[str, str]]:
         ("pairs", f"{r.pairs:,}, of which {r.ordered_pairs:,} ordered"),
         ("", f"{r.tie_rate:.1%} tied ({r.tie_rate_read:.1%} as read)"),
         ("prompt tokens", _percentiles(r.prompt_tokens)),
-        ("", f"{r.prompts_truncated:,} lost their beginning (limit {r.settings['max_prompt_tokens']:,})"),
+        ("", f"{r.prompts_truncated:,} lost their beginning ({_prompt_limit(r.settings['max_prompt_tokens'])})"),
         ("response tokens", _percentiles(r.response_tokens)),
         ("", f"{r.responses_truncated:,} lost their end (prompt + response limit {r.settings['max_tokens']:,})"),
         ("tokens", f"{r.tokens:,} per epoch; {r.tokens_plain:,} with the prompt repeated k times"),
@@ -87,6 +87,10 @@ def _source_table(report: DataReport) -> Table:
     if len(sources) > _SOURCES_SHOWN:
         table.add_row(f"and {len(sources) - _SOURCES_SHOWN:,} more", "", "")
     return table
+
+
+def _prompt_limit(limit: int | None) -> str:
+    return "the longest response comes first, up to half" if limit is None else f"limit {limit:,}"
 
 
 def _in_brackets(how: dict[str, int]) -> str:

@@ -1,7 +1,8 @@
 """Templates: how a prompt and a response become the text that is tokenised.
 
 The prompt's text and the response's text, one after the other, are the whole sequence; BOS and EOS are
-added by `tokenizing`, except where the tokenizer's chat template writes its own BOS.
+added by `tokenizing`, except that a chat template's own tokens are the truth: whether it writes a BOS or
+not, training sees what inference will.
 
     raw     the texts as they are; messages: their contents, a blank line between them
     hh      "\\n\\nHuman: ...\\n\\nAssistant:" and the response after one space, as in Anthropic's transcripts
@@ -32,10 +33,17 @@ _ALPACA = (
 
 
 class Template(NamedTuple):
-    """`prompt` turns a prompt into text, with the tokenizer at hand; `response` does so for a response."""
+    """How prompts and responses become text.
+
+    Attributes:
+        prompt: Turns a prompt into text, with the tokenizer at hand.
+        response: Does so for a response.
+        writes_bos: The prompt's text has its BOS already, or is meant to have none.
+    """
 
     prompt: Callable[[Prompt, PreTrainedTokenizerBase], str]
     response: Callable[[str], str]
+    writes_bos: bool = False
 
 
 def raw_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -117,5 +125,5 @@ TEMPLATES: dict[str, Template] = {
     "raw": Template(raw_prompt, _as_is),
     "hh": Template(hh_prompt, hh_response),
     "alpaca": Template(alpaca_prompt, str.lstrip),
-    "chat": Template(chat_prompt, str.lstrip),
+    "chat": Template(chat_prompt, str.lstrip, writes_bos=True),
 }

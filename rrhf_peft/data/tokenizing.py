@@ -4,11 +4,15 @@ A sequence is ``[BOS] prompt | response EOS``. Prompt and response are tokenised
 between them, so all k responses of a group share the same prompt ids.
 
 Decisions, besides those of `cleaning`:
+    * Without a prompt limit of its own, a prompt is shortened only where it and the group's longest response
+      do not fit together, and then by as little as makes room for that response; but it always keeps half
+      of the tokens, and responses that need more than the other half lose their end.
     * A response that already ends with the EOS text does not get a second one. Any other special token
       spelled out in a response is plain text: ``<s>`` is also HTML. In prompts, which may be written
       in a model's own control tokens, special tokens are special.
-    * A tokenizer without BOS adds none; where the prompt is empty as well, EOS starts the sequence, because
-      the first response token needs something to be predicted from.
+    * A chat template says itself whether there is a BOS, as at inference: none is added to what it writes.
+    * A tokenizer without BOS adds none. Where that leaves a prompt without any token, EOS starts the
+      sequence, because the first response token needs something to be predicted from.
 
 Left to others: templates, which responses stay (`cleaning`), statistics (`report`), tensors (`collating`).
 """
@@ -33,21 +37,37 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Limits:
-    """The special tokens and lengths that shape a sequence; `bos` is None where the tokenizer has none."""
+    """The special tokens and lengths that shape a sequence.
+
+    `bos` is None where the tokenizer has none, `prompt` where the user has set no limit for prompts.
+    """
 
     bos: int | None
     eos: int
-    prompt: int
+    prompt: int | None
     total: int
+
+    def for_prompt(self, responses: Sequence[Encoded]) -> int:
+        """How many tokens, BOS included, a prompt with these responses may have."""
+        if self.prompt is not None:
+            return self.prompt
+        longest = max((len(response.ids) for response in responses if not response.is_empty), default=0) + 1
+        half = self.total - self.total // 2
+        return max(self.total - longest, half)
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt within the limit; `num_tokens` is its length before it was cut, BOS included."""
+    """A prompt within its limit; `num_tokens` is its length before it was cut, BOS included."""
 
     ids: array[int]
     num_tokens: int
+    limit: int
     is_empty: bool
+
+    @property
+    def is_overlong(self) -> bool:
+        return self.num_tokens > self.limit
 
 
 def tokenize_groups(
@@ -65,7 +85,8 @@ def tokenize_groups(
 
     Args:
         template: A name in `TEMPLATES`.
-        max_prompt_tokens: Longest prompt, BOS included. None: `max_tokens` less one for the response.
+        max_prompt_tokens: Longest prompt, BOS included. None: `max_tokens` less the group's longest response,
+            but at least half of `max_tokens`.
         max_tokens: Longest prompt + response, BOS and EOS included. Longer responses lose their end and EOS.
         overlong_prompt: ``truncate`` cuts the beginning and keeps the BOS, ``drop`` drops the group,
             ``error`` stops.
@@ -87,17 +108,17 @@ def tokenize_groups(
     for index, prompt, responses in _token_ids(groups, tokenizer, form, limits):
         group = groups[index]
         counts.read(group)
-        if prompt.num_tokens > limits.prompt and overlong_prompt == "error":
+        if prompt.is_overlong and overlong_prompt == "error":
             raise UserError(
-                f"{_origin(group, index)}: the prompt has {prompt.num_tokens} tokens and the limit is {limits.prompt}. "
+                f"{_origin(group, index)}: the prompt has {prompt.num_tokens} tokens and the limit is {prompt.limit}. "
                 "Raise data.max_prompt_tokens or data.max_tokens, shorten the prompt, or set data.overlong_prompt to "
                 "truncate or drop."
             )
-        if prompt.num_tokens > limits.prompt and overlong_prompt == "drop":
+        if prompt.is_overlong and overlong_prompt == "drop":
             counts.dropped("overlong_prompt", len(group.responses))
             continue
         counts.empty_prompts += prompt.is_empty
-        counts.prompts_truncated += prompt.num_tokens > limits.prompt
+        counts.prompts_truncated += prompt.is_overlong
         own = without_duplicates(group, responses, limits.total - len(prompt.ids), limits.eos, counts)
         scores = [response.score for response in own]
         if reason := why_dropped(scores, needs_pairs, min_score_gap):
@@ -109,7 +130,7 @@ def tokenize_groups(
         raise no_data_left(counts)
     settings = {
         "template": template,
-        "max_prompt_tokens": limits.prompt,
+        "max_prompt_tokens": max_prompt_tokens,
         "max_tokens": max_tokens,
         "overlong_prompt": overlong_prompt,
         "needs_pairs": needs_pairs,
@@ -131,7 +152,7 @@ def _token_ids(
         responses = map(Encoded, texts, _encode(tokenizer, texts, special=False))
         for place, group in enumerate(batch):
             own = [next(responses) for _ in group.responses]
-            yield start + place, _prompt(prompt_ids[place], limits), own
+            yield start + place, _prompt(prompt_ids[place], own, form, limits), own
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
@@ -150,15 +171,16 @@ def _prompt_text(group: RankedGroup, index: int, tokenizer: PreTrainedTokenizerB
         raise UserError(f"{_origin(group, index)}: {error}") from None
 
 
-def _prompt(ids: list[int], limits: Limits) -> _Prompt:
-    """The prompt with its one BOS, cut at the beginning to the limit."""
-    head = [] if limits.bos is None else [limits.bos]
-    body = ids[1:] if head and ids[:1] == head else ids  # the template may have written the BOS
+def _prompt(ids: list[int], responses: Sequence[Encoded], form: Template, limits: Limits) -> _Prompt:
+    """The prompt with its one BOS, if any, cut at the beginning to its limit."""
+    bos = [] if limits.bos is None else [limits.bos]
+    brought = bos if bos and ids[:1] == bos else []  # a template, or the text itself, may have written it
+    head, body = (brought if form.writes_bos else bos), ids[len(brought) :]
     is_empty = not body
     if not head and not body:
-        head = [limits.eos]
-    excess = max(0, len(head) + len(body) - limits.prompt)
-    return _Prompt(array("i", head + body[excess:]), len(head) + len(body), is_empty)
+        head = bos or [limits.eos]
+    num_tokens, limit = len(head) + len(body), limits.for_prompt(responses)
+    return _Prompt(array("i", head + body[max(0, num_tokens - limit) :]), num_tokens, limit, is_empty)
 
 
 def _template(name: str) -> Template:
@@ -170,18 +192,17 @@ def _template(name: str) -> Template:
 
 
 def _limits(tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None, max_tokens: int) -> Limits:
-    prompt = max_tokens - 1 if max_prompt_tokens is None else max_prompt_tokens
-    if not 1 <= prompt < max_tokens:
+    if not 1 <= (1 if max_prompt_tokens is None else max_prompt_tokens) < max_tokens:
         raise UserError(
-            f"data.max_prompt_tokens = {prompt} and data.max_tokens = {max_tokens} leave no room for prompt and "
-            "response. Set 1 <= max_prompt_tokens < max_tokens."
+            f"data.max_prompt_tokens = {max_prompt_tokens} and data.max_tokens = {max_tokens} leave no room for prompt "
+            "and response. Set 1 <= max_prompt_tokens < max_tokens."
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no EOS token, so no response "
             "could end. Set its eos_token, save it, and name it in model.tokenizer."
         )
-    return Limits(tokenizer.bos_token_id, tokenizer.eos_token_id, prompt, max_tokens)
+    return Limits(tokenizer.bos_token_id, tokenizer.eos_token_id, max_prompt_tokens, max_tokens)
 
 
 def _origin(group: RankedGroup, index: int) -> str:

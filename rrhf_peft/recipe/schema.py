@@ -69,7 +69,10 @@ class DataSection(Section):
     format: Format = Field("auto", description="Importer; auto recognises the columns.")
     template: Template = Field("raw", description="How a prompt becomes text; chat is the tokenizer's own template.")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="Longer prompts lose their beginning. Unset: max_tokens less one for the response."
+        None,
+        ge=1,
+        description="Longer prompts lose their beginning. Unset: max_tokens less the group's longest response, but at "
+        "least half of max_tokens.",
     )
     max_tokens: int = Field(512, ge=2, description="Prompt plus response; longer responses lose their end and EOS.")
     overlong_prompt: Literal["truncate", "drop", "error"] = Field(

@@ -166,7 +166,14 @@ def test_every_reason_has_words(byte_tokenizer):
     for fact in ("over the limit", "not empty", "single response", "equal after truncation", "equal text", "mean was"):
         assert fact in " ".join(text.split())
     assert "[red]s" in text  # data is not read as markup
-    assert "raise max_tokens or lower max_prompt_tokens" in " ".join(text.split())
+    assert "raise max_tokens or set max_prompt_tokens lower" in " ".join(text.split())
+
+
+def test_the_prompt_limit_has_words_whether_set_or_not(byte_tokenizer):
+    for keys, words in (({}, "the longest response comes first, up to half"), ({"max_prompt_tokens": 8}, "limit 8")):
+        text = shown(tokenize_groups(GROUPS, byte_tokenizer, **keys)[1])
+        assert f"0 lost their beginning ({words})" in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= 80
 
 
 def test_many_sources_are_summed_up(byte_tokenizer):

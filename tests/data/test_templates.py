@@ -123,3 +123,30 @@ def test_a_template_that_refuses_the_messages_names_the_group(byte_tokenizer):
 def test_an_unknown_template_is_answered_with_the_nearest(byte_tokenizer):
     with pytest.raises(UserError, match="did you mean 'alpaca'"):
         tokenize_groups([], byte_tokenizer, template="alpacca")
+
+
+@pytest.mark.parametrize("writes_bos", [True, False])
+def test_chat_prompts_have_the_tokens_of_inference(chat_tokenizer, writes_bos):
+    if not writes_bos:
+        chat_tokenizer.chat_template = CHAT.removeprefix("{{ bos_token }}")
+    (own,), _ = tokenize_groups([RankedGroup("q", ["a", "b"], [1, 0], ["s", "s"])], chat_tokenizer, template="chat")
+    messages = [m("user", "q")]
+    expected = chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert list(own.prompt_ids) == expected
+    assert (expected[0] == chat_tokenizer.bos_token_id) == writes_bos
+
+
+@pytest.mark.parametrize(("template", "first"), [(CHAT, "<s>"), (CHAT.removeprefix("{{ bos_token }}"), "n")])
+def test_a_cut_chat_prompt_keeps_the_bos_that_the_template_wrote(chat_tokenizer, template, first):
+    chat_tokenizer.chat_template = template
+    own = RankedGroup("q", ["a", "b"], [1, 0], ["s", "s"])
+    (cut,), _ = tokenize_groups([own], chat_tokenizer, template="chat", max_prompt_tokens=3)
+    assert chat_tokenizer.convert_ids_to_tokens(list(cut.prompt_ids)) == [first, "t", "]"]
+
+
+def test_a_chat_template_that_writes_nothing_leaves_the_bos(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ '' }}"
+    own = RankedGroup("q", ["a", "b"], [1, 0], ["s", "s"])
+    (tokenized,), report = tokenize_groups([own], chat_tokenizer, template="chat")
+    assert list(tokenized.prompt_ids) == [chat_tokenizer.bos_token_id]
+    assert report.empty_prompts == 1

@@ -98,10 +98,35 @@ def test_an_overlong_prompt_without_bos_keeps_its_end(no_bos):
     assert list(one(no_bos, group("abcdef"), max_prompt_tokens=2)[0].prompt_ids) == list(whole.prompt_ids[-2:])
 
 
-def test_without_a_prompt_limit_one_token_is_left_for_the_response(byte_tokenizer):
-    tokenized, report = one(byte_tokenizer, group("abcdef", ["xy", "yx"]), max_tokens=5)
-    assert (len(tokenized.prompt_ids), [len(ids) for ids in tokenized.response_ids]) == (4, [1, 1])
-    assert (report.prompts_truncated, report.responses_truncated) == (1, 2)
+@pytest.mark.parametrize(
+    ("prompt", "responses", "max_tokens", "prompt_length", "response_lengths"),
+    [
+        ("abc", ["x", "xyz"], 8, 4, [2, 4]),  # all fits exactly
+        ("abcd", ["x", "xyz"], 8, 4, [2, 4]),  # the prompt makes room for the longest response
+        ("abcdefgh", ["x", "y"], 8, 6, [2, 2]),
+        ("abcdefgh", ["x", "y", " " * 9], 8, 6, [2, 2]),  # a rejected response needs no room
+        ("abcdefgh", ["x", "xyzxyzxyz"], 8, 4, [2, 4]),  # but keeps half
+        ("ab", ["x", "xyzxyzxyz"], 8, 3, [2, 5]),  # and a short prompt is not cut at all
+        ("abcdefgh", ["xyzxyz", "yxzyxz"], 7, 4, [3, 3]),  # the odd token is the prompt's
+        ("abcdefgh", ["xy", "yx"], 2, 1, [1, 1]),
+    ],
+)
+def test_without_a_prompt_limit_the_longest_response_gets_up_to_half(
+    byte_tokenizer, prompt, responses, max_tokens, prompt_length, response_lengths
+):
+    tokenized, report = one(byte_tokenizer, group(prompt, responses), max_tokens=max_tokens)
+    assert len(tokenized.prompt_ids) == prompt_length
+    assert [len(ids) for ids in tokenized.response_ids] == response_lengths
+    assert report.prompts_truncated == (prompt_length < len(prompt) + 1)
+    assert report.settings["max_prompt_tokens"] is None
+
+
+def test_without_a_prompt_limit_each_group_has_its_own(byte_tokenizer):
+    groups = [group("a" * 7, ["x" * 4, "y"]), group("a" * 7, ["x", "y"])]
+    kept, report = tokenize_groups(groups, byte_tokenizer, max_tokens=10, overlong_prompt="drop")
+    assert ([own.index for own in kept], report.groups_dropped) == ([1], {"overlong_prompt": 1})
+    with pytest.raises(UserError, match=r"group 0: the prompt has 8 tokens and the limit is 5\."):
+        tokenize_groups(groups, byte_tokenizer, max_tokens=10, overlong_prompt="error")
 
 
 def test_an_overlong_response_loses_its_end_and_eos(byte_tokenizer):
