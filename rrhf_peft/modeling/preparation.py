@@ -38,8 +38,8 @@ def uses_checkpointing(setting: Literal["auto"] | bool, parameters: int) -> bool
 def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> None:
     """Set training mode, no key-value cache, and non-reentrant checkpointing where asked.
 
-    With a frozen base the embedding's output is made to require a gradient, or else checkpointed
-    layers below the first adapter would have none to recompute.
+    With checkpointing transformers also makes the embedding's output require a gradient: below a frozen
+    embedding the checkpointed layers would otherwise have none to recompute.
 
     Raises:
         UserError: nothing is trainable, or the model cannot be checkpointed.
@@ -52,8 +52,10 @@ def prepare_for_training(model: nn.Module, *, gradient_checkpointing: bool) -> N
         if not language_model.supports_gradient_checkpointing:
             name = type(language_model).__name__
             raise UserError(f"engine.gradient_checkpointing: {name} does not support it. Set it to false.")
-        language_model.activation_checkpointing_enable({"use_reentrant": False})
-        language_model.enable_input_require_grads()
+        # Newer transformers call it activation_..., and warn when it is called by its old name.
+        old = language_model.gradient_checkpointing_enable
+        enable = getattr(language_model, "activation_checkpointing_enable", old)
+        enable({"use_reentrant": False})
     model.train()
 
 

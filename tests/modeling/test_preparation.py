@@ -23,7 +23,8 @@ def test_checkpointing_gives_the_same_gradients(tiny_model_folder: Path, quantiz
         policy = attach_adapter(load_base_model(tiny_model_folder, quantization=quantization), {"r": 4})
         prepare_for_training(policy, gradient_checkpointing=checkpointing)
         language_model = causal_lm(policy)
-        assert language_model.is_activation_checkpointing == checkpointing
+        layers = [module for module in language_model.modules() if hasattr(module, "gradient_checkpointing")]
+        assert {layer.gradient_checkpointing for layer in layers} == {checkpointing}
         assert language_model.config.use_cache is False
         assert policy.training
         output = policy(input_ids=IDS, labels=IDS)
