@@ -103,6 +103,7 @@ def merge_adapter(
     with staged_folder(output, overwrite=overwrite) as folder, warnings.catch_warnings():
         # PEFT warns of what merging may go wrong with: here it is handled, or refused, or shows in the comparison.
         warnings.filterwarnings("ignore", module=r"peft\.")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         merge = MergedWeights(files, trained, as_trained=not original or trained.quantization == "none", dtype=dtype)
         write_config(trained.folder, folder, dtype=merge.main_dtype, untie=merge.untied)
         has_tokenizer = copy_companions(run_folders(files.folder), trained.folder, folder)

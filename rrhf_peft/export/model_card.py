@@ -16,8 +16,10 @@ from rrhf_peft.export.report import MergeReport, fidelity_rows, size_text
 def model_card(report: MergeReport) -> str:
     """Markdown with the hub's metadata block."""
     name = Path(report.output).name
+    base_is_folder = Path(report.base_model).is_dir()
+    base = Path(report.base_model).name if base_is_folder else report.base_model
     metadata: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if not Path(report.base_model).is_dir():  # the hub refuses a base model that is a folder on someone's disk
+    if not base_is_folder:  # the hub refuses a base model that is a folder on someone's disk
         metadata["base_model"] = report.base_model
     metadata["tags"] = ["rrhf", "rrhf-peft", "merged-adapter"]
     rows = "\n".join(f"| {title} | {value} |" for title, value in fidelity_rows(report))
@@ -27,7 +29,7 @@ def model_card(report: MergeReport) -> str:
 
 # {name}
 
-Standalone weights: `{report.base_model}` with a LoRA adapter trained on ranked responses
+Standalone weights: `{base}` with a LoRA adapter trained on ranked responses
 ([RRHF](https://arxiv.org/abs/2304.05302)) merged in by rrhf-peft {__version__}. Loading it needs neither PEFT nor
 bitsandbytes.
 

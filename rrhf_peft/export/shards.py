@@ -87,6 +87,8 @@ def write_shards(
             on_tensor(planned)
         try:
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read; the folder knows what the umask allows.
+            (folder / name).chmod(folder.stat().st_mode & 0o666)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{folder.parent}: {name} cannot be written ({error}). Make room, or choose another disk."

@@ -92,8 +92,10 @@ def test_the_card_says_how_it_was_merged(change: dict[str, str], sentence: str) 
 
 
 def test_the_card_names_no_folder_as_base_model(tmp_path: Path) -> None:
-    metadata = model_card(replace(REPORT, base_model=str(tmp_path))).split("---\n")[1]
-    assert "base_model" not in yaml.safe_load(metadata)
+    card = model_card(replace(REPORT, base_model=str(tmp_path)))
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+    assert str(tmp_path) not in card
+    assert f"`{tmp_path.name}`" in card
 
 
 def test_progress_is_plain_lines_without_a_terminal() -> None:

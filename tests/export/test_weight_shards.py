@@ -73,3 +73,10 @@ def test_files_and_index(tmp_path: Path) -> None:
 def test_one_shard_needs_no_index(tmp_path: Path) -> None:
     write_shards(tmp_path, plan_shards(_planned(4), 8), lambda key: torch.ones(4, dtype=torch.int8), lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_who_may_enter_the_folder_may_read_the_weights(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    write_shards(tmp_path, plan_shards(_planned(4), 8), lambda key: torch.ones(4, dtype=torch.int8), lambda _: None)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode & 0o666
