@@ -1,6 +1,7 @@
 """The YAML recipe: schema, loading, dotted overrides, snapshot."""
 
 from rrhf_peft.recipe.loading import json_schema, load_recipe, make_recipe, recipe_text
+from rrhf_peft.recipe.sampling import CandidatesSection, EndpointSection, SamplingSection
 from rrhf_peft.recipe.schema import (
     AdapterSection,
     DataSection,
@@ -14,12 +15,15 @@ from rrhf_peft.recipe.schema import (
 
 __all__ = [
     "AdapterSection",
+    "CandidatesSection",
     "DataSection",
+    "EndpointSection",
     "EngineSection",
     "ModelSection",
     "RRHFObjective",
     "Recipe",
     "SFTObjective",
+    "SamplingSection",
     "TrainingSection",
     "json_schema",
     "load_recipe",

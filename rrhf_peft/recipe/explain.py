@@ -185,6 +185,14 @@ def _known_keys(section: Key, location: Key) -> list[str]:
         return list(Recipe.model_fields)
     annotation = Recipe.model_fields[section[0]].annotation if section[0] in Recipe.model_fields else None
     models = _models_in(annotation)
+    for part in section[1:]:  # into nested sections; a number is a place in a list of them
+        if isinstance(part, str):
+            models = [
+                inner
+                for model in models
+                if part in model.model_fields
+                for inner in _models_in(model.model_fields[part].annotation)
+            ]
     if len(models) > 1 and len(location) > 1:
         models = [model for model in models if location[1] in typing.get_args(model.model_fields["name"].annotation)]
     return [name for model in models for name in model.model_fields]
@@ -193,6 +201,6 @@ def _known_keys(section: Key, location: Key) -> list[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, list):
         return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
     return []

@@ -19,6 +19,9 @@ from rrhf_peft.recipe.explain import OVERRIDE, Key, did_you_mean, explain, kind_
 from rrhf_peft.recipe.schema import Recipe
 from rrhf_peft.records import UserError
 
+#: The sections that training, planning and inspecting cannot do without.
+TRAINING_NEEDS = ("model", "data", "training")
+
 
 class _RecipeYaml(yaml.SafeLoader):
     """YAML as people write it: 1e-4 is a number, only true and false are booleans, no key comes twice."""
@@ -50,8 +53,15 @@ _RecipeYaml.add_implicit_resolver(
 _RecipeYaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Iterable[str] = (), *, needs: Iterable[str] = TRAINING_NEEDS
+) -> Recipe:
     """Read a YAML recipe, apply `section.key=value` overrides, and check it.
+
+    Args:
+        path: The YAML file.
+        overrides: Changes to it, later ones win.
+        needs: Sections that the caller reads and the recipe must therefore have.
 
     Raises:
         UserError: the file is missing or not YAML, or a key or value is wrong; names file, line, key and remedy.
@@ -69,16 +79,24 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         raise UserError(
             f"{path}: a recipe is a mapping of sections (model, data, training ...), not {kind_of(values)}."
         )
-    return _checked(values, str(path), places, overrides)
+    return _checked(values, str(path), places, overrides, needs)
 
 
-def make_recipe(values: Mapping[str, Any], where: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
+def make_recipe(
+    values: Mapping[str, Any],
+    where: str = "recipe",
+    overrides: Iterable[str] = (),
+    *,
+    needs: Iterable[str] = TRAINING_NEEDS,
+) -> Recipe:
     """Apply overrides to a mapping of sections and check it; `where` names its origin in error messages.
+
+    `needs` are the sections that the caller reads, as for `load_recipe`.
 
     Raises:
         UserError: one paragraph that lists every wrong key with its remedy.
     """
-    return _checked(copy.deepcopy(dict(values)), where, {}, overrides)
+    return _checked(copy.deepcopy(dict(values)), where, {}, overrides, needs)
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -86,10 +104,12 @@ def recipe_text(recipe: Recipe) -> str:
 
     `load_recipe` reads it back to an equal recipe.
     """
-    values = recipe.model_dump(mode="json", exclude={"adapter", "training"})
+    absent = {name for name in Recipe.model_fields if getattr(recipe, name) is None}
+    values = recipe.model_dump(mode="json", exclude=absent | {"adapter", "training"})
     values["adapter"] = None if recipe.adapter is None else recipe.adapter.model_dump(mode="json", exclude_none=True)
-    values["training"] = recipe.training.model_dump(mode="json", exclude_none=True)  # type: ignore[attr-defined]
-    ordered = {name: values[name] for name in Recipe.model_fields}
+    if recipe.training is not None:
+        values["training"] = recipe.training.model_dump(mode="json", exclude_none=True)
+    ordered = {name: values[name] for name in Recipe.model_fields if name in values}
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
@@ -98,15 +118,25 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
-def _checked(values: dict[str, Any], where: str, places: dict[Key, str], overrides: Iterable[str]) -> Recipe:
+def _checked(
+    values: dict[str, Any],
+    where: str,
+    places: dict[Key, str],
+    overrides: Iterable[str],
+    needs: Iterable[str],
+) -> Recipe:
     for override in overrides:
         key = _apply_override(values, override)
         places = {other: place for other, place in places.items() if other[: len(key)] != key}
         places[key] = OVERRIDE
+    missing = "".join(f" {name}: this key is required." for name in needs if name not in values)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, places)}") from None
+        raise UserError(f"{where}: {explain(error, places)}{missing}") from None
+    if missing:
+        raise UserError(f"{where}:{missing} It is a section of the recipe that this command reads.")
+    return recipe
 
 
 def _parse_yaml(text: str, where: str) -> tuple[Any, dict[Key, str]]:

@@ -19,6 +19,8 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from transformers import TrainingArguments
 
+from rrhf_peft.recipe.sampling import SamplingSection
+
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Layout = Literal["auto", "shared", "plain"]
 Format = Literal["auto", "ranked", "rrhf", "preference", "hh", "rm_static"]
@@ -206,18 +208,29 @@ MOVED_KEYS = {
 }
 
 
-class Recipe(Section):
-    """One training run: model, adapter, data, objective, engine, training."""
+def _absent() -> Any:
+    return None
 
-    model: ModelSection
+
+class Recipe(Section):
+    """What one run does; each verb needs some of the sections.
+
+    `model`, `data` and `training` are annotated as present although they may be left out (and are None then):
+    `load_recipe` refuses a recipe without the sections that its caller needs.
+    """
+
+    model: ModelSection = Field(default_factory=_absent, description="The base model.")
     adapter: AdapterSection | None = Field(  # type: ignore[valid-type]
         default_factory=AdapterSection,
         description="peft.LoraConfig fields. Left out: LoRA on all linear layers. null: train all weights.",
     )
-    data: DataSection
+    data: DataSection = Field(default_factory=_absent, description="Ranked responses to train on.")
     objective: ObjectiveSection = Field(default_factory=RRHFObjective, description="The loss and its options.")
     engine: EngineSection = Field(default_factory=EngineSection, description="Layout, chunks, checkpointing.")
-    training: TrainingSection  # type: ignore[valid-type]
+    training: TrainingSection = Field(  # type: ignore[valid-type]
+        default_factory=_absent, description="transformers.TrainingArguments fields."
+    )
+    sampling: SamplingSection | None = Field(None, description="What `rrhf-peft sample` reads.")
 
     @model_validator(mode="before")
     @classmethod
@@ -236,10 +249,30 @@ class Recipe(Section):
 
 def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
     """Yield (key, what is wrong and how to mend it) for settings that cannot go together."""
-    model, data, engine = recipe.model, recipe.data, recipe.engine
+    if recipe.model is not None:
+        yield from _model_contradictions(recipe)
+    if recipe.data is not None:
+        yield from _data_contradictions(recipe.data)
     training: Any = recipe.training
-    if not training.output_dir:
-        yield "training.output_dir", "is required: the run folder to write, for example runs/my-run"
+    if training is not None:
+        if not training.output_dir:
+            yield "training.output_dir", "is required: the run folder to write, for example runs/my-run"
+        if training.bf16 and training.fp16:
+            yield "training.fp16", "bf16 and fp16 exclude each other; remove one"
+    if training is not None and recipe.data is not None:
+        held_out = recipe.data.eval is not None or recipe.data.eval_size is not None
+        if training.eval_strategy not in (None, "no") and not held_out:
+            yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
+    objective = recipe.objective
+    if isinstance(objective, RRHFObjective):
+        if objective.variant == "released" and objective.sft_reduction is not None:
+            yield "objective.sft_reduction", "variant released always takes the mean over the padded length; remove it"
+        if objective.rank_weight == 0 and objective.sft_weight == 0:
+            yield "objective.rank_weight", "rank_weight and sft_weight are both 0: nothing would be trained"
+
+
+def _model_contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
+    model = recipe.model
     if model.quantization != "none" and recipe.adapter is None:
         yield (
             "adapter",
@@ -248,27 +281,18 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
         )
     if model.init_adapter and recipe.adapter != AdapterSection():
         yield "adapter", "model.init_adapter brings its own adapter settings; remove one of the two"
-    if engine.layout == "shared" and model.attention == "flash_attention_2":
+    if recipe.engine.layout == "shared" and model.attention == "flash_attention_2":
         yield "engine.layout", "shared needs an attention mask that flash_attention_2 cannot take; use sdpa or plain"
+
+
+def _data_contradictions(data: DataSection) -> typing.Iterator[tuple[str, str]]:
     if data.max_prompt_tokens is not None and data.max_prompt_tokens >= data.max_tokens:
         yield (
             "data.max_prompt_tokens",
-            (
-                f"{data.max_prompt_tokens} leaves no token of data.max_tokens = {data.max_tokens} for a response; "
-                "lower it or raise data.max_tokens"
-            ),
+            f"{data.max_prompt_tokens} leaves no token of data.max_tokens = {data.max_tokens} for a response; "
+            "lower it or raise data.max_tokens",
         )
     if data.eval is not None and data.eval_size is not None:
         yield "data.eval_size", "data.eval already names held-out data; remove one of the two"
     if isinstance(data.eval_size, float) and data.eval_size >= 1:
         yield "data.eval_size", f"{data.eval_size} is a share and must be below 1; write an integer for a count"
-    if training.eval_strategy not in (None, "no") and data.eval is None and data.eval_size is None:
-        yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
-    if training.bf16 and training.fp16:
-        yield "training.fp16", "bf16 and fp16 exclude each other; remove one"
-    objective = recipe.objective
-    if isinstance(objective, RRHFObjective):
-        if objective.variant == "released" and objective.sft_reduction is not None:
-            yield "objective.sft_reduction", "variant released always takes the mean over the padded length; remove it"
-        if objective.rank_weight == 0 and objective.sft_weight == 0:
-            yield "objective.rank_weight", "rank_weight and sft_weight are both 0: nothing would be trained"

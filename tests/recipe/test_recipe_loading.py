@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from rrhf_peft.recipe import Recipe, RRHFObjective, SFTObjective, json_schema, load_recipe, make_recipe, recipe_text
+from rrhf_peft.recipe import RRHFObjective, SFTObjective, json_schema, load_recipe, make_recipe, recipe_text
 from rrhf_peft.records import UserError
 
 
@@ -95,7 +95,18 @@ def test_a_snapshot_says_what_the_run_used_even_where_the_recipe_did_not(recipe_
     values = yaml.safe_load(recipe_text(load_recipe(recipe_file)))
     assert values["objective"]["rank_weight"] == 1.0
     assert values["data"]["max_tokens"] == 512
-    assert list(values) == list(Recipe.model_fields)
+    assert list(values) == ["model", "adapter", "data", "objective", "engine", "training"]
+
+
+def test_a_recipe_without_training_serves_the_verbs_that_do_not_train(tmp_path: Path) -> None:
+    candidates = [{"strategy": "diverse_beam", "temperature": 0.8}]
+    values = {"sampling": {"prompts": "a.txt", "output": "b.jsonl", "candidates": candidates}}
+    recipe = make_recipe(values, needs=["sampling"])
+    assert recipe.data is None
+    (tmp_path / "snapshot.yaml").write_text(recipe_text(recipe))
+    assert load_recipe(tmp_path / "snapshot.yaml", needs=["sampling"]) == recipe
+    with pytest.raises(UserError, match=r"data: this key is required\. training: this key is required"):
+        load_recipe(tmp_path / "snapshot.yaml")
 
 
 def test_the_json_schema_takes_a_good_recipe_and_refuses_bad_ones(recipe_file: Path) -> None:
@@ -106,7 +117,7 @@ def test_the_json_schema_takes_a_good_recipe_and_refuses_bad_ones(recipe_file: P
     validator.validate(good)
     validator.validate({**good, "adapter": None, "objective": {"name": "sft"}})
     for bad in (
-        {"model": {"name": "x"}},
+        {"model": {}},
         {**good, "modell": {}},
         {**good, "training": {"learning_rat": 1.0}},
         {**good, "data": {"train": "a", "max_tokens": "many"}},
@@ -116,7 +127,8 @@ def test_the_json_schema_takes_a_good_recipe_and_refuses_bad_ones(recipe_file: P
 
 
 def test_every_field_of_our_own_sections_is_documented() -> None:
-    for name in ("ModelSection", "DataSection", "RRHFObjective", "SFTObjective", "EngineSection"):
+    ours = ("ModelSection", "DataSection", "RRHFObjective", "SFTObjective", "EngineSection")
+    for name in (*ours, "SamplingSection", "CandidatesSection", "EndpointSection"):
         fields = json_schema()["$defs"][name]["properties"]
         assert not [field for field, item in fields.items() if field != "name" and not item.get("description")]
 

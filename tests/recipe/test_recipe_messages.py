@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def error_of(path: Path, *overrides: str) -> str:
         ("learning_rate=1e-4", ["did you mean 'training.learning_rate'?"]),
         ("training.variant=paper", ["did you mean 'objective.variant'?"]),
         ("objective.rank_weigth=2", ["did you mean 'rank_weight'?"]),
-        ("sampling.k=4", ["sampling (override): unknown key; known keys: adapter, data, engine"]),
+        ("rounds.k=4", ["rounds (override): unknown key; known keys: adapter, data, engine"]),
         ("training.gradient_checkpointing=true", ["set engine.gradient_checkpointing instead"]),
         ("training.warmup_ratio=0.03", ["set training.warmup_steps to a share below 1"]),
         ("adapter.rank=8", ["set adapter.r instead"]),
@@ -120,6 +121,25 @@ def test_a_wrong_file(tmp_path: Path, text: str, parts: list[str]) -> None:
     assert message.startswith(str(path))
     for part in parts:
         assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("entry", "part"),
+    [
+        ({"temprature": 0.7}, "sampling.candidates.0.temprature (line 1): unknown key; did you mean 'temperature'?"),
+        ({"num_beams": 4}, "sampling.candidates.0.num_beams: has no effect with strategy top_p"),
+        ({"backend": "endpoint"}, "sampling.candidates.0.endpoint: goes with backend: endpoint"),
+        ({"strategy": "beam", "k": 4, "num_beams": 2}, "4 responses cannot come from 2 beams"),
+        ({"strategy": "diverse_beam", "num_beam_groups": 3}, "4 beams do not split into 3 equal groups"),
+        ({"strategy": "diverse_beam", "backend": "vllm"}, "vllm has no diverse beam search"),
+        ({"endpoint": {"base_url": "u"}}, "sampling.candidates.0.endpoint.model"),
+    ],
+)
+def test_wrong_candidates(tmp_path: Path, entry: dict[str, object], part: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    candidates = [{"strategy": "top_p", **entry}]
+    path.write_text(json.dumps({"sampling": {"prompts": "a", "output": "b", "candidates": candidates}}))
+    assert part in error_of(path)
 
 
 def test_every_missing_section_is_named_at_once(tmp_path: Path) -> None:
