@@ -16,7 +16,7 @@ from transformers import set_seed
 from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.data import DataReport
-from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, resolve_source
+from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, resolve_dtype, resolve_source
 from rrhf_peft.modeling.preparation import uses_checkpointing
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import UserError
@@ -77,6 +77,9 @@ def train_recipe(
     if main:
         refuse_occupied(folder, resume=resume, overwrite=overwrite)
     set_seed(args.seed)
+    # Resolved, so that resuming and merging on another machine read what was trained and not "auto".
+    dtype = str(resolve_dtype(recipe.model.dtype, args.device)).removeprefix("torch.")
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
     resolve_source(recipe.model.name, revision=recipe.model.revision)  # before anything that takes longer
     tokenizer = load_tokenizer(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from training.ranked_files import logged, small_recipe, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rrhf_peft.recipe import load_recipe
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.training import RRHFConfig, RRHFTrainer, train_recipe
 
@@ -154,6 +155,7 @@ def test_the_run_folder_reads_as_a_run(tiny_model_folder, ranked, tmp_path):
     train_recipe(small_recipe(tiny_model_folder, ranked, run, training={"save_strategy": "epoch"}))
     report = json.loads((run / "data_report.json").read_text())["train"]
     assert report["groups_kept"] == 16
+    assert load_recipe(run / "recipe.yaml").model.dtype == "float32"
     card = (run / "README.md").read_text()
     assert "16 groups" in card
     assert "rrhf-peft merge" in card
