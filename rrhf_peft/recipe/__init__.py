@@ -12,6 +12,7 @@ from rrhf_peft.recipe.schema import (
     SFTObjective,
     TrainingSection,
 )
+from rrhf_peft.recipe.scoring import ScoringSection
 
 __all__ = [
     "AdapterSection",
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "SFTObjective",
     "SamplingSection",
+    "ScoringSection",
     "TrainingSection",
     "json_schema",
     "load_recipe",

@@ -20,10 +20,31 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from transformers import TrainingArguments
 
 from rrhf_peft.recipe.sampling import SamplingSection
+from rrhf_peft.recipe.scoring import ScoringSection
 
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Layout = Literal["auto", "shared", "plain"]
-Format = Literal["auto", "ranked", "rrhf", "preference", "hh", "rm_static"]
+Format = Literal[
+    "auto",
+    "ranked",
+    "rrhf",
+    "rm_static",
+    "llama_factory",
+    "hh",
+    "preference",
+    "ultrafeedback",
+    "nectar",
+    "helpsteer2",
+    "summarize_comparisons",
+    "stack_exchange_paired",
+    "shp",
+    "pku_saferlhf",
+    "pku_saferlhf:safer",
+    "pro",
+    "oasst",
+    "alpaca_farm",
+    "lmflow",
+]
 Template = Literal["raw", "hh", "alpaca", "chat"]
 
 
@@ -231,6 +252,7 @@ class Recipe(Section):
         default_factory=_absent, description="transformers.TrainingArguments fields."
     )
     sampling: SamplingSection | None = Field(None, description="What `rrhf-peft sample` reads.")
+    scoring: ScoringSection | None = Field(None, description="What `rrhf-peft score` reads.")
 
     @model_validator(mode="before")
     @classmethod
