@@ -1,7 +1,9 @@
-"""Rows into ranked groups: one small function for each public format, and how `auto` tells them apart.
+"""Rows into ranked groups: which function reads which format, and how `auto` tells formats apart.
 
-To add a format: one function from `Row` to `RankedGroup`, one line in `IMPORTERS`, one test, and its name
-in the recipe schema. Importers keep every response, order, score and tie as the file has it.
+To add a format: one function in `list_formats` (a prompt with a list of responses), `pair_formats` (two responses)
+or `gathered_formats` (a group over several rows), one line in `IMPORTERS`, one test, and its name in the recipe
+schema. Importers keep every response, order, score and tie as the file has it; ranks become scores, higher is
+better; what has no rating is kept apart and never becomes a number.
 
 Left to others: reading files (`row_readers`, `places`), cleaning and tokenising (`tokenizing`).
 """
@@ -9,74 +11,84 @@ Left to others: reading files (`row_readers`, `places`), cleaning and tokenising
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
+from rrhf_peft.data import gathered_formats, list_formats, pair_formats
 from rrhf_peft.data.rows import Row
-from rrhf_peft.records import Message, RankedGroup, UserError
-
-_ASSISTANT = "\n\nAssistant:"
+from rrhf_peft.records import RankedGroup, UserError
 
 
 class Importer(NamedTuple):
-    """A format: how one of its rows is read, and how its columns look.
+    """A format: how the rows of a file are read, and how its columns look.
 
     Attributes:
-        read: One row into one group.
+        read: The rows of one file into groups.
         columns: The sets of columns that it can read; further columns go to the group's `meta`.
         recognises: What `auto` asks beyond the columns.
     """
 
-    read: Callable[[Row], RankedGroup]
+    read: Callable[[Iterable[Row]], Iterable[RankedGroup]]
     columns: tuple[tuple[str, ...], ...]
     recognises: Callable[[Row], bool] = lambda row: True
 
 
-def ranked(row: Row) -> RankedGroup:
-    """Our own: prompt, responses[], scores[], and sources[] where known."""
-    return _scored(row, "prompt", "responses")
+def _each(read: Callable[[Row], RankedGroup]) -> Callable[[Iterable[Row]], Iterable[RankedGroup]]:
+    """The reader of a format in which every row is a group."""
+    return partial(map, read)
 
 
-def rrhf(row: Row) -> RankedGroup:
-    """query, responses[], scores[] or prompt, response[], scores[]."""
-    return _scored(row, "query", "responses") if row.has("query") else _scored(row, "prompt", "response")
+def _is_scored_list(row: Row) -> bool:
+    output = row.values.get("output")
+    return row.has("instances") or (isinstance(output, list) and all(isinstance(answer, dict) for answer in output))
 
 
-def preference(row: Row) -> RankedGroup:
-    """TRL's prompt, chosen, rejected: text or chat messages; without a prompt, what the two have in common."""
-    if isinstance(row.values.get("chosen"), list) or isinstance(row.values.get("rejected"), list):
-        return _conversations(row)
-    chosen, rejected = row.text("chosen"), row.text("rejected")
-    if row.has("prompt"):
-        return _pair(row, row.prompt("prompt"), chosen, rejected)
-    start = _common_words(chosen, rejected)
-    return _pair(row, chosen[:start], chosen[start:], rejected[start:])
+def _oasst(rows: Iterable[Row]) -> Iterable[RankedGroup]:
+    """Trees or flat messages, whichever the file's first row shows."""
+    rows = iter(rows)
+    first = next(rows)
+    read = gathered_formats.oasst_messages if first.has("message_id") else gathered_formats.oasst_trees
+    return read(row for own in ([first], rows) for row in own)
 
 
-def hh(row: Row) -> RankedGroup:
-    """Anthropic HH: two full transcripts, split at the last "Assistant:", so that prompt + response is exact."""
-    prompts, responses = zip(*(_split_transcript(row, name) for name in ("chosen", "rejected")), strict=True)
-    return _pair(row, prompts[0], *responses) if prompts[0] == prompts[1] else _alone(row, prompts[0], responses[0])
+_PKU = ("prompt", "response_0", "response_1")
 
-
-def rm_static(row: Row) -> RankedGroup:
-    """prompt, response, chosen, rejected; `response` repeats the chosen one for fine-tuning and has no score."""
-    return _pair(row, row.prompt("prompt"), row.text("chosen"), row.text("rejected"))
-
-
-def _are_transcripts(row: Row) -> bool:
-    texts = [row.values[name] for name in ("chosen", "rejected")]
-    return not row.has("prompt") and all(isinstance(text, str) and _ASSISTANT in text for text in texts)
-
-
-#: Format name -> importer, in the order in which `auto` tries them.
+#: Format name -> importer, in the order in which `auto` tries them. A name with a colon is a variant that
+#: takes another judgement from the same columns; `auto` takes the one before it.
 IMPORTERS: dict[str, Importer] = {
-    "ranked": Importer(ranked, (("prompt", "responses", "scores"),)),
-    "rrhf": Importer(rrhf, (("query", "responses", "scores"), ("prompt", "response", "scores"))),
-    "rm_static": Importer(rm_static, (("prompt", "response", "chosen", "rejected"),)),
-    "hh": Importer(hh, (("chosen", "rejected"),), _are_transcripts),
-    "preference": Importer(preference, (("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
+    "ranked": Importer(_each(list_formats.ranked), (("prompt", "responses", "scores"),)),
+    "rrhf": Importer(_each(list_formats.rrhf), (("query", "responses", "scores"), ("prompt", "response", "scores"))),
+    "rm_static": Importer(_each(pair_formats.rm_static), (("prompt", "response", "chosen", "rejected"),)),
+    "llama_factory": Importer(
+        _each(pair_formats.llama_factory),
+        (("instruction", "chosen", "rejected"), ("conversations", "chosen", "rejected")),
+        lambda row: not row.has("prompt") and not isinstance(row.values["chosen"], list),
+    ),
+    "hh": Importer(_each(pair_formats.hh), (("chosen", "rejected"),), pair_formats.are_transcripts),
+    "preference": Importer(_each(pair_formats.preference), (("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
+    "ultrafeedback": Importer(_each(list_formats.ultrafeedback), (("instruction", "completions"),)),
+    "nectar": Importer(_each(list_formats.nectar), (("prompt", "answers"),)),
+    "helpsteer2": Importer(
+        gathered_formats.helpsteer2,
+        (("prompt", "response", "helpfulness", "correctness", "coherence", "complexity", "verbosity"),),
+    ),
+    "summarize_comparisons": Importer(_each(pair_formats.summarize_comparisons), (("info", "summaries", "choice"),)),
+    "stack_exchange_paired": Importer(
+        gathered_formats.stack_exchange_paired, (("question", "response_j", "response_k"),)
+    ),
+    "shp": Importer(
+        gathered_formats.shp,
+        (("post_id", "history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),),
+    ),
+    "pku_saferlhf": Importer(_each(pair_formats.pku_saferlhf), ((*_PKU, "better_response_id"),)),
+    "pku_saferlhf:safer": Importer(
+        _each(partial(pair_formats.pku_saferlhf, by="safer_response_id")), ((*_PKU, "safer_response_id"),)
+    ),
+    "pro": Importer(list_formats.pro, (("prefix", "suffix", "reward"),)),
+    "oasst": Importer(_oasst, (("message_tree_id", "prompt"), ("message_id", "parent_id", "text", "role", "rank"))),
+    "alpaca_farm": Importer(_each(pair_formats.alpaca_farm), (("instruction", "output_1", "output_2", "preference"),)),
+    "lmflow": Importer(list_formats.lmflow, (("instances",), ("input", "output")), _is_scored_list),
 }
 
 
@@ -109,75 +121,6 @@ def check_format(format: str) -> None:
         nearest = difflib.get_close_matches(format, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known formats: {', '.join(known)}."
         raise UserError(f"format {format!r}: there is no such importer; {hint}")
-
-
-def _scored(row: Row, prompt: str, responses: str) -> RankedGroup:
-    texts = row.texts(responses)
-    scores = row.scores("scores", len(texts))
-    if row.has("sources"):
-        sources = row.texts("sources")
-        if len(sources) != len(texts):
-            raise row.problem(
-                f"sources has {len(sources)} entries for {len(texts)} responses. Name every response's source, or "
-                "leave the column out."
-            )
-    else:
-        sources = [f"response-{place}" for place in range(len(texts))]
-    used = (prompt, responses, "scores", "sources")
-    return RankedGroup(row.prompt(prompt), texts, scores, sources, row.meta(used))
-
-
-def _pair(row: Row, prompt: str | list[Message], chosen: str, rejected: str) -> RankedGroup:
-    meta = row.meta(("prompt", "chosen", "rejected"))
-    return RankedGroup(prompt, [chosen, rejected], [1.0, 0.0], ["chosen", "rejected"], meta)
-
-
-def _alone(row: Row, prompt: str | list[Message], chosen: str) -> RankedGroup:
-    """Only the chosen response, where the rejected one answers another prompt and so is no comparison.
-
-    Ranking objectives drop such a group, counted as a single response; fine-tuning keeps it.
-    """
-    return RankedGroup(prompt, [chosen], [1.0], ["chosen"], row.meta(("prompt", "chosen", "rejected")))
-
-
-def _conversations(row: Row) -> RankedGroup:
-    """A preference whose answers are message lists: alone, or with the conversation in front of them."""
-    histories, answers = [], []
-    for name in ("chosen", "rejected"):
-        *history, last = row.messages(name)
-        if last["role"] != "assistant":
-            raise row.problem(f"{name} ends with a message of role {last['role']!r}. The last must be the assistant's.")
-        histories.append(history)
-        answers.append(last["content"])
-    history = histories[0]
-    prompt: str | list[Message] = history
-    if row.has("prompt"):
-        given = row.prompt("prompt")
-        if isinstance(given, list):
-            # Some data sets repeat the prompt in front of the answers, some do not.
-            prompt = history if history[: len(given)] == given else [*given, *history]
-        elif not history:
-            prompt = given
-    elif not history:
-        raise row.problem("no prompt: chosen is a single message. Add a prompt column, or the messages before it.")
-    return _pair(row, prompt, *answers) if histories[0] == histories[1] else _alone(row, prompt, answers[0])
-
-
-def _split_transcript(row: Row, name: str) -> tuple[str, str]:
-    text = row.text(name)
-    prompt, marker, response = text.rpartition(_ASSISTANT)
-    if not marker:
-        raise row.problem(
-            f'{name} has no "\\n\\nAssistant:" turn. Set data.format: preference if it is not a transcript.'
-        )
-    return prompt + marker, response
-
-
-def _common_words(one: str, other: str) -> int:
-    """Length of the common beginning without its last, perhaps split, word and the white space before that."""
-    common = next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
-    last_word = re.search(r"\s+\S*\Z", one[: min(len(one), len(other)) if common is None else common])
-    return last_word.start() if last_word else 0
 
 
 def _fits(row: Row, importer: Importer) -> bool:

@@ -9,10 +9,12 @@ import json
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice
 
-from rrhf_peft.data.importers import Importer, check_format, importer_for
+from rrhf_peft.data.importers import check_format, importer_for
 from rrhf_peft.data.places import rows_of
+from rrhf_peft.data.rows import Row
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import RankedGroup, UserError
 
@@ -37,26 +39,40 @@ def read_groups(
 
     Returns:
         The groups as the files have them, nothing cleaned. ``meta`` holds the columns that the format
-        does not use, and the origin: ``file``, and ``line`` (from 1) or ``row`` (from 0).
+        does not use, responses without a rating (``unrated``), and the origin: ``file``, and ``line`` (from 1)
+        or ``row`` (from 0).
 
     Raises:
         UserError: names the file, line and field, and what to do.
     """
     check_format(format)
-    groups: list[RankedGroup] = []
     places = [where] if isinstance(where, (str, os.PathLike)) else where
-    for place in places:
-        file, importer = None, None
-        for row in rows_of(os.fspath(place), split=split, revision=revision):
-            if row.file != file or format != "auto":
-                file, importer = row.file, importer_for(row, format)
-            assert isinstance(importer, Importer)
-            groups.append(importer.read(row))
-            if len(groups) == max_groups:
-                return groups
-    if not groups:
+    if not places:
         raise UserError("no data was named. Give at least one file, folder or hub id.")
+    rows = chain.from_iterable(rows_of(os.fspath(place), split=split, revision=revision) for place in places)
+    groups = list(islice(_groups(rows, format), max_groups))
+    if not groups:
+        raise UserError(
+            f"{', '.join(map(str, places))}: no group was found in the rows of format {format}. Check that some have "
+            "ratings or ranks."
+        )
     return groups
+
+
+def _groups(rows: Iterable[Row], format: str) -> Iterator[RankedGroup]:
+    """The groups of each file, read by the importer that its first row calls for."""
+    for _, file in groupby(rows, key=lambda row: row.file):
+        own = iter(file)
+        first = next(own)
+        importer = importer_for(first, format)
+        yield from importer.read(chain([first], own if format == "auto" else _fitting(own, format)))
+
+
+def _fitting(rows: Iterable[Row], format: str) -> Iterator[Row]:
+    """The rows, each checked to have the columns of a format that was named."""
+    for row in rows:
+        importer_for(row, format)
+        yield row
 
 
 def write_ranked(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) -> None:

@@ -58,14 +58,13 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of records, or one record per line: both are found under the name .json."""
-    with path.open("rb") as file:
-        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if first != b"[":
+    """A list of records, one record per line, or one record over many lines: all are named .json."""
+    first = next((line.strip() for _, line in _lines(path) if line.strip()), "")
+    if not first.startswith("[") and not (first.startswith("{") and not first.endswith("}")):
         yield from _read_jsonl(path)
         return
-    text = "".join(line for _, line in _lines(path))
-    for index, value in enumerate(_parse(text, path)):
+    whole = _parse("".join(line for _, line in _lines(path)), path)
+    for index, value in enumerate(whole if isinstance(whole, list) else [whole]):
         yield Row(_record(value, f"{path}: row {index} (from 0)"), str(path), index=index)
 
 

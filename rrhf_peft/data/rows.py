@@ -26,6 +26,7 @@ class Row:
         line: Line of the file where the record begins, from 1; None where the file has no lines.
         index: Position in the data set, from 0, as in ``dataset[index]``; None where `line` is known.
         is_csv: Every value is text, and a list is written as JSON inside its cell.
+        prefix: Where inside the record an object stands, such as ``completions[2].``; empty for the record.
     """
 
     values: dict[str, Any]
@@ -33,6 +34,7 @@ class Row:
     line: int | None = None
     index: int | None = None
     is_csv: bool = False
+    prefix: str = ""
 
     @property
     def where(self) -> str:
@@ -49,20 +51,56 @@ class Row:
 
     def text(self, name: str) -> str:
         """A field that must be a string."""
-        return self._text(self.values.get(name), name)
+        return self.as_text(self.values.get(name), name)
 
     def texts(self, name: str) -> list[str]:
         """A field that must be a non-empty list of strings."""
-        return [self._text(value, f"{name}[{place}]") for place, value in enumerate(self._list(name))]
+        return [self.as_text(value, f"{name}[{place}]") for place, value in enumerate(self.items(name))]
 
     def scores(self, name: str, count: int) -> list[float]:
         """A field that must be a list of `count` finite numbers, one for each response."""
-        values = self._list(name)
+        values = self.items(name)
         if len(values) != count:
             raise self.problem(
-                f"{name} has {len(values)} entries for {count} responses. Give every response exactly one score."
+                f"{self.prefix}{name} has {len(values)} entries for {count} responses. Give every response exactly one "
+                "score."
             )
         return [self._score(value, f"{name}[{place}]") for place, value in enumerate(values)]
+
+    def number(self, name: str) -> float:
+        """A field that must be a finite number."""
+        value = self.values.get(name)
+        if self.is_csv and isinstance(value, str):
+            value = _parsed(value, value)
+        return self._score(value, name)
+
+    def rating(self, name: str) -> float | None:
+        """A number, or a number written as text; None where there is no rating: null, "N/A" or any other text."""
+        value = self.values.get(name)
+        if isinstance(value, str):
+            value = _parsed(value)
+            value = value if value is not None and math.isfinite(value) else None  # "nan" is no rating either
+        return None if value is None else self._score(value, name)
+
+    def place(self, name: str, count: int) -> int:
+        """A field that must be a position among `count` things, from 0."""
+        number = self.number(name)
+        if number not in range(count):
+            raise self.problem(
+                f"{self.prefix}{name} is {number:g}, not a whole number from 0 to {count - 1}. Mend or remove that "
+                f"{self._unit}."
+            )
+        return int(number)
+
+    def object(self, name: str) -> Row:
+        """A field that must be an object, as a row of its own."""
+        return self._nested(self.values.get(name), name)
+
+    def objects(self, name: str) -> list[Row]:
+        """A field that must be a list of objects, each as a row of its own; the list may be empty."""
+        if self.values.get(name) == []:
+            return []
+        return [self._nested(value, f"{name}[{place}]") for place, value in enumerate(self.items(name))]
 
     def prompt(self, name: str) -> str | list[Message]:
         """A field that must be a string or a list of chat messages."""
@@ -71,16 +109,47 @@ class Row:
     def messages(self, name: str) -> list[Message]:
         """A field that must be a non-empty list of ``{"role": ..., "content": ...}``; other keys are left out."""
         messages = []
-        for place, value in enumerate(self._list(name)):
+        for place, value in enumerate(self.items(name)):
             field = f"{name}[{place}]"
             if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
                 found = ", ".join(map(repr, value)) if isinstance(value, dict) else _kind(value)
                 raise self.problem(
-                    f'{field} is not a chat message ({found}). Write {{"role": "user", "content": "..."}}.'
+                    f'{self.prefix}{field} is not a chat message ({found}). Write {{"role": "user", "content": "..."}}.'
                 )
-            role, content = (self._text(value[key], f"{field}.{key}") for key in ("role", "content"))
+            role, content = (self.as_text(value[key], f"{field}.{key}") for key in ("role", "content"))
             messages.append({"role": role, "content": content})
         return messages
+
+    def items(self, name: str) -> list[Any]:
+        """A field that must be a non-empty list; what is in it is not looked at."""
+        value = self.values.get(name)
+        if self.is_csv and isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self.problem(
+                    f"{self.prefix}{name} is not a JSON list. In CSV write lists as json.dumps does, for example "
+                    '["a", "b"].'
+                ) from None
+        if not isinstance(value, list):
+            raise self.problem(f"{self.prefix}{name} is {_kind(value)}, not a list. Mend or remove that {self._unit}.")
+        if not value:
+            raise self.problem(f"{self.prefix}{name} is an empty list. Mend or remove that {self._unit}.")
+        return value
+
+    def as_text(self, value: Any, field: str) -> str:
+        """`value`, found at `field`, which must be a string that can be tokenised."""
+        if not isinstance(value, str):
+            raise self.problem(f"{self.prefix}{field} is {_kind(value)}, not text. Mend or remove that {self._unit}.")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            broken = value[error.start].encode("unicode_escape").decode()
+            raise self.problem(
+                f"{self.prefix}{field} holds half a character ({broken} at position {error.start}), which no tokenizer "
+                f"can read. Mend or remove that {self._unit}."
+            ) from None
+        return value
 
     def meta(self, used: Iterable[str]) -> dict[str, Any]:
         """The columns not in `used`, and where the row was read: `file`, and `line` or `row`."""
@@ -89,46 +158,28 @@ class Row:
         place = {"line": self.line} if self.line is not None else {"row": self.index}
         return {**rest, "file": self.file, **place}
 
-    def _text(self, value: Any, field: str) -> str:
-        if not isinstance(value, str):
-            raise self.problem(f"{field} is {_kind(value)}, not text. Mend or remove that {self._unit}.")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            broken = value[error.start].encode("unicode_escape").decode()
-            raise self.problem(
-                f"{field} holds half a character ({broken} at position {error.start}), which no tokenizer can read. "
-                f"Mend or remove that {self._unit}."
-            ) from None
-        return value
-
     def _score(self, value: Any, field: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.problem(f"{field} is {_kind(value)}, not a number. Mend or remove that {self._unit}.")
+            raise self.problem(
+                f"{self.prefix}{field} is {_kind(value)}, not a number. Mend or remove that {self._unit}."
+            )
         try:
             score = float(value)
         except OverflowError:  # JSON integers know no limit
             score = math.inf
         if not math.isfinite(score):
             raise self.problem(
-                f"{field} is {score}. Scores must be finite, higher is better; mend or remove that {self._unit}."
+                f"{self.prefix}{field} is {score}. Scores must be finite, higher is better; mend or remove that "
+                f"{self._unit}."
             )
         return score
 
-    def _list(self, name: str) -> list[Any]:
-        value = self.values.get(name)
-        if self.is_csv and isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise self.problem(
-                    f'{name} is not a JSON list. In CSV write lists as json.dumps does, for example ["a", "b"].'
-                ) from None
-        if not isinstance(value, list):
-            raise self.problem(f"{name} is {_kind(value)}, not a list. Mend or remove that {self._unit}.")
-        if not value:
-            raise self.problem(f"{name} is an empty list. Mend or remove that {self._unit}.")
-        return value
+    def _nested(self, value: Any, field: str) -> Row:
+        if not isinstance(value, dict):
+            raise self.problem(
+                f"{self.prefix}{field} is {_kind(value)}, not an object. Mend or remove that {self._unit}."
+            )
+        return Row(value, self.file, self.line, self.index, prefix=f"{self.prefix}{field}.")
 
     @property
     def _unit(self) -> str:
@@ -145,3 +196,11 @@ def _kind(value: Any) -> str:
         if isinstance(value, kind):
             return name
     return f"a {type(value).__name__}"
+
+
+def _parsed(text: str, otherwise: Any = None) -> Any:
+    """The number that a text writes, or `otherwise`."""
+    try:
+        return float(text)
+    except ValueError:
+        return otherwise
