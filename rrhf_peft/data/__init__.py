@@ -1,6 +1,7 @@
 """Files -> RankedGroup -> token ids -> GroupBatch, and the report of what became of the data."""
 
 from rrhf_peft.data.collating import GroupCollator, source_names
+from rrhf_peft.data.converting import ConversionReport, convert
 from rrhf_peft.data.example_view import render_example
 from rrhf_peft.data.importers import IMPORTERS
 from rrhf_peft.data.reading import hold_out, read_groups, write_ranked
@@ -12,8 +13,10 @@ from rrhf_peft.data.tokenizing import tokenize_groups
 __all__ = [
     "IMPORTERS",
     "TEMPLATES",
+    "ConversionReport",
     "DataReport",
     "GroupCollator",
+    "convert",
     "hold_out",
     "read_groups",
     "render_example",

@@ -89,6 +89,18 @@ CASES = {
         },
         (USER, ["a"], [1.0], ["chosen"]),
     ),
+    "preference beside an instruction": (
+        {"instruction": "i", "prompt": "p", "chosen": "a", "rejected": "b"},
+        ("p", ["a", "b"], *PAIR),
+    ),
+    "preference with messages beside an instruction": (
+        {
+            "instruction": "i",
+            "chosen": [*USER, message("assistant", "a")],
+            "rejected": [*USER, message("assistant", "b")],
+        },
+        (USER, ["a", "b"], *PAIR),
+    ),
     "hh": (
         {
             "chosen": f"{HUMAN} q{ASSISTANT} x{HUMAN} r{ASSISTANT} a",

@@ -633,6 +633,17 @@ def test_other_judgements_and_annotators_stay_in_meta(upstream):
     assert read_groups(upstream("o.jsonl", [TREE]))[1].meta["message_id"] == "c"
 
 
+def test_numbers_in_csv(tmp_path):
+    path = tmp_path / "preferences.csv"
+    path.write_text("instruction,output_1,output_2,preference\ni,a,b,2\ni,a,b,\ni,a,b,1.5\n")
+    assert [group.scores for group in read_groups(path)] == [[0, 1], [], [0.5, 0.5]]
+    path.write_text("prompt,response_0,response_1,better_response_id\np,a,b,1\n")
+    assert read_groups(path)[0].scores == [0, 1]
+    path.write_text("prompt,response_0,response_1,better_response_id\np,a,b,first\n")
+    with pytest.raises(UserError, match=r"better_response_id is text, not a number"):
+        read_groups(path)
+
+
 def test_a_comment_with_two_vote_counts_is_left_for_the_clean_up(upstream):
     rows = [comments("p", ("a", 5), ("b", 3), labels=1), comments("p", ("a", 7), ("c", 1), labels=1)]
     (group,) = read_groups(upstream("x.jsonl", rows))
