@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class ShardedOutput:
         if overwrite:
             shutil.rmtree(self.parts, ignore_errors=True)
             self.output.unlink(missing_ok=True)
-        if self.output.exists():
+        if self.output.exists() and not self._only_merged_in_part(manifest):
             raise UserError(f"{self.output}: already exists. Choose another output, remove it, or pass --overwrite.")
         if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._manifest:
             raise UserError(
@@ -86,15 +86,29 @@ class ShardedOutput:
             file.flush()
             os.fsync(file.fileno())
 
-    def merge(self) -> Path:
-        """Write all rows, in the order of their units, to the output and remove the parts; main process only."""
+    def merge(self, finish: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None) -> Path:
+        """Write all rows, in the order of their units, to the output and remove the parts; main process only.
+
+        Args:
+            finish: turns all rows into those of the output, where that needs all of them. What else it writes
+                it must be able to write again, because a kill may come after it.
+        """
         rows: dict[int, list[dict[str, Any]]] = dict(self._lines())
         missing = self.units - len(rows)
         assert missing == 0, f"{missing} of {self.units} units are missing"
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for unit in range(self.units) for row in rows[unit])
+        whole = [row for unit in range(self.units) for row in rows[unit]]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (finish(whole) if finish else whole))
         replace_text(self.output, text)
         shutil.rmtree(self.parts)
         return self.output
+
+    def _only_merged_in_part(self, manifest: Path) -> bool:
+        """Whether a kill came between writing the output and removing the parts: merging again ends it."""
+        return (
+            manifest.exists()
+            and json.loads(manifest.read_text(encoding="utf-8")) == self._manifest
+            and len(self._finished()) == self.units
+        )
 
     def _finished(self) -> set[int]:
         return {unit for unit, _ in self._lines()}

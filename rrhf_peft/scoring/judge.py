@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import string
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from rrhf_peft.scoring.combining import share_beaten
 from rrhf_peft.scoring.judge_client import JudgeClient, RequestFailedError
 from rrhf_peft.scoring.judge_prompts import ranking_messages, scoring_messages
 from rrhf_peft.scoring.judge_replies import BadReplyError, parse_aspects, parse_ranks
+from rrhf_peft.scoring.labels import letter_label
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Judge:
         """Rank one group; its scores are the share of the others that a response beats."""
         order = list(range(len(responses)))
         random.Random(f"{self.seed} {prompt}").shuffle(order)
-        labels = [_label(place) for place in range(len(order))]
+        labels = [letter_label(place) for place in range(len(order))]
         shuffled = [responses[index] for index in order]
         messages = ranking_messages(prompt, shuffled, labels, self.aspects, self.instructions)
         reason = ""
@@ -154,13 +154,3 @@ class Judge:
     def _bad(self, error: BadReplyError) -> str:
         self.bad_replies[str(error)] = self.bad_replies.get(str(error), 0) + 1
         return f"bad reply: {error}"
-
-
-def _label(place: int) -> str:
-    """A, B, ... Z, AA, AB ..."""
-    letters = ""
-    place += 1
-    while place:
-        place, letter = divmod(place - 1, 26)
-        letters = string.ascii_uppercase[letter] + letters
-    return letters

@@ -1,0 +1,1 @@
+"""Prompts into candidates into scored groups, through files: what joins data and models with sampling and scoring."""
