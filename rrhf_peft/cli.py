@@ -72,6 +72,53 @@ def demo(
 
 @app.command()
 @plain_errors()
+def convert(
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA...", help="Files, folders of them, or hub ids.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The ranked file to write (.jsonl).", show_default=False)
+    ],
+    data_format: Annotated[
+        str, typer.Option("--format", help="Format of the data; auto recognises the columns.")
+    ] = "auto",
+    split: Annotated[str, typer.Option(help="Split to read from folders and hub ids.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    max_groups: Annotated[int | None, typer.Option(min=1, help="Read only the first this many groups.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn public preference data of many formats into one ranked file: prompt, responses, scores, sources.
+
+    Other columns are not kept, and responses without a rating are left out; both are reported.
+    Recipes read the same formats directly (data.format), so converting is for looking, mixing and editing.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft convert berkeley-nest/Nectar --output nectar.jsonl --max-groups 5000
+      rrhf-peft convert ready.trees.jsonl.gz --format oasst -o oasst.jsonl
+      rrhf-peft convert PKU-Alignment/PKU-SafeRLHF --format pku_saferlhf:safer -o safer.jsonl
+    """
+    from rrhf_peft.data import convert as convert_data
+
+    report = convert_data(
+        source,
+        output=output,
+        format=data_format,
+        split=split,
+        revision=revision,
+        max_groups=max_groups,
+        overwrite=overwrite,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        Console().print(report)
+
+
+@app.command()
+@plain_errors()
 def inspect(
     source: Annotated[
         Path,
