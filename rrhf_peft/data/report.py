@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rrhf_peft.data.rank_correlation import mean_rank_correlation
 from rrhf_peft.records import TokenizedGroup
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ def make_report(groups: Sequence[TokenizedGroup], counts: Mapping[str, Any], set
         ordered_pairs=sum(_ordered_pairs(group.scores, settings["min_score_gap"]) for group in groups),
         tie_rate=tied / pairs if pairs else 0.0,
         tie_rate_read=tied_read / pairs_read if pairs_read else 0.0,
-        score_length_correlation=_score_length_correlation(groups),
+        score_length_correlation=mean_rank_correlation(
+            (group.scores, [len(ids) for ids in group.response_ids]) for group in groups
+        ),
         prompt_tokens=_percentiles(prompts),
         response_tokens=_percentiles(responses),
         tokens=tokens,
@@ -153,23 +156,6 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
     """Nearest-rank percentiles: lengths that occur, not interpolations between them."""
     values = np.percentile(lengths, [10, 50, 90, 99, 100], method="inverted_cdf")
     return dict(zip(("p10", "p50", "p90", "p99", "max"), map(int, values), strict=True))
-
-
-def _score_length_correlation(groups: Sequence[TokenizedGroup]) -> float | None:
-    coefficients = []
-    for group in groups:
-        lengths = [len(ids) for ids in group.response_ids]
-        if len(set(lengths)) > 1 and len(set(group.scores)) > 1:
-            one, other = _centred_ranks(group.scores), _centred_ranks(lengths)
-            coefficients.append(one @ other / math.sqrt((one @ one) * (other @ other)))
-    return float(np.mean(coefficients)) if coefficients else None
-
-
-def _centred_ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks less their mean; equal values share the mean of their ranks."""
-    _, place, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place] - (len(values) + 1) / 2
 
 
 def _by_source(groups: Sequence[TokenizedGroup]) -> dict[str, dict[str, float]]:
