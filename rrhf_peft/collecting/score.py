@@ -17,13 +17,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 
+from rrhf_peft.collecting.processes import Processes, launched_processes
 from rrhf_peft.collecting.score_finish import finished_rows
 from rrhf_peft.collecting.score_input import Candidates, read_candidates
 from rrhf_peft.collecting.score_progress import group_progress
@@ -36,9 +35,6 @@ from rrhf_peft.records import UserError
 from rrhf_peft.scoring.ranking_sheet import write_sheet
 from rrhf_peft.scoring.transcript import transcript
 from rrhf_peft.shards import ShardedOutput
-
-#: A process that has done its share waits this long for the slowest one.
-PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -74,28 +70,34 @@ def score_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | 
     """
     assert recipe.scoring is not None, "load_recipe(needs=['scoring'])"
     section, console = recipe.scoring, console or Console(stderr=True)
-    state = PartialState(timeout=PATIENCE)
+    with launched_processes() as processes:
+        return _score(recipe, section, processes, console, overwrite)
+
+
+def _score(
+    recipe: Recipe, section: ScoringSection, processes: Processes, console: Console, overwrite: bool
+) -> ScoreOutcome:
     groups = read_candidates(section.input, format=section.format, split=section.split, max_groups=section.max_groups)
     if isinstance(section.scorer, HumanScorer) and not section.scorer.annotations:
-        return _hand_out(section, section.scorer, groups, main=state.is_main_process)
+        return _hand_out(section, section.scorer, groups, main=processes.is_main)
 
     units = [groups[start : start + section.unit_groups] for start in range(0, len(groups), section.unit_groups)]
     shards = ShardedOutput(
         section.output,
         fingerprint=_fingerprint(recipe, groups),
         units=len(units),
-        process=state.process_index,
-        processes=state.num_processes,
+        process=processes.index,
+        processes=processes.count,
     )
-    if state.is_main_process:
+    if processes.is_main:
         _refuse_output_as_input(section)
         if finished := shards.open(overwrite=overwrite):
             console.print(f"continuing: {finished} of {len(units)} units are there already", highlight=False)
-    state.wait_for_everyone()
+    processes.wait_for_all()
     scorers = _scorers(recipe, groups)
-    _score_units(shards, units, scorers, console if state.is_main_process else Console(quiet=True), state)
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    _score_units(shards, units, scorers, console if processes.is_main else Console(quiet=True), processes)
+    processes.wait_for_all()
+    if not processes.is_main:
         return ScoreOutcome(output=Path(section.output))
     agreement = {label: asdict(own) for label, scorer in scorers.items() if (own := getattr(scorer, "agreement", None))}
     return _merge(shards, section, groups, agreement)
@@ -116,11 +118,11 @@ def _score_units(
     units: Sequence[Sequence[Candidates]],
     scorers: Mapping[str, Scorer],
     console: Console,
-    state: PartialState,
+    processes: Processes,
 ) -> None:
     """Do this process's share of what is missing."""
     pending = shards.pending()
-    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
     with group_progress(console, f"scoring{share}", sum(len(units[unit]) for unit in pending)) as advance:
         for unit in pending:
             before = _counts(scorers)
