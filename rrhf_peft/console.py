@@ -9,10 +9,12 @@ messages say (whoever raises `UserError`) and the verbs themselves (`cli`, `trai
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,6 +24,10 @@ from rrhf_peft.records import UserError
 
 #: By then a launcher has ended this process, if the main process failed too and told the user why.
 SECONDS_FOR_THE_MAIN_PROCESS_TO_SPEAK = 5.0
+
+
+#: The option of every verb that can answer a script.
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 
 
 @contextlib.contextmanager
@@ -50,6 +56,11 @@ def plain_errors() -> Iterator[None]:
         time.sleep(SECONDS_FOR_THE_MAIN_PROCESS_TO_SPEAK)
     print_error(message if not process else f"process {process}: {message}")
     raise typer.Exit(1)
+
+
+def print_json(values: Any) -> None:
+    """Print plain values as JSON on stdout."""
+    typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
 
 
 def print_error(message: str) -> None:

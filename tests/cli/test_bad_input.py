@@ -233,7 +233,7 @@ CASES: dict[str, Case] = {
     "merge with a size that is none": Case(_nothing, MERGE + " --shard-size huge", ("huge", "5GB")),
     # looking
     "plan of a missing model": Case(_nothing, "plan {recipe} model.name={folder}/nowhere", ("no such model folder",)),
-    "inspect of a data file alone": Case(_nothing, "inspect {data}", ("--tokenizer NAME",)),
+    "inspect of a group without a tokenizer": Case(_nothing, "inspect {data} --group 1", ("--tokenizer NAME",)),
     "schema where nothing can be written": Case(_nothing, "schema --output {recipe}/schema.json", ("cannot be",)),
 }
 

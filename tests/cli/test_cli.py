@@ -84,10 +84,23 @@ def test_inspect_of_a_bare_file_takes_a_tokenizer_and_changes(
     assert report["k_histogram"] == {"3": 3}
 
 
-def test_inspect_of_a_bare_file_without_a_tokenizer_says_what_is_missing(rrhf: Run, ranked_file: Path) -> None:
-    result = rrhf("inspect", ranked_file)
-    assert result.exit_code == 1
-    assert "--tokenizer NAME" in result.stderr
+def test_inspect_of_a_bare_file_describes_its_scores_and_sources(rrhf: Run, ranked_file: Path, tmp_path: Path) -> None:
+    result = rrhf("inspect", ranked_file, "data.max_groups=5", "--plot", tmp_path / "scores.png")
+    assert result.exit_code == 0
+    assert "5, with 15 responses" in result.output
+    assert "response-0" in result.output
+    assert "Data report" not in result.output  # nothing is tokenised
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(rrhf("inspect", ranked_file, "--json").stdout)["groups"] == 12
+
+
+def test_inspect_of_a_bare_file_with_a_tokenizer_shows_both(
+    rrhf: Run, ranked_file: Path, tiny_model_folder: Path
+) -> None:
+    output = rrhf("inspect", ranked_file, "--tokenizer", tiny_model_folder).output
+    assert "Ranked data" in output
+    assert "Data report" in output
+    assert "Example: group 0" in output
 
 
 def test_inspect_of_a_group_that_is_not_there(rrhf: Run, recipe_file: Path) -> None:
