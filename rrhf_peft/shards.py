@@ -60,7 +60,8 @@ class ShardedOutput:
             self.output.unlink(missing_ok=True)
         if self.output.exists() and not self._only_merged_in_part(manifest):
             raise UserError(f"{self.output}: already exists. Choose another output, remove it, or pass --overwrite.")
-        if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._manifest:
+        is_other = manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._manifest
+        if is_other and self._finished():
             raise UserError(
                 f"{self.parts}: holds the unfinished parts of other work (the input or the settings changed). "
                 "Undo the change to continue it, or pass --overwrite to start again."

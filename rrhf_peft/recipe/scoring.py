@@ -61,7 +61,16 @@ class JudgeScorer(_Strict):
     """A language model behind an OpenAI-compatible endpoint."""
 
     EFFORT = frozenset(
-        {"concurrency", "timeout", "attempts", "first_wait", "max_requests", "max_total_tokens", "api_key_env"}
+        {
+            "base_url",
+            "api_key_env",
+            "concurrency",
+            "timeout",
+            "attempts",
+            "first_wait",
+            "max_requests",
+            "max_total_tokens",
+        }
     )
 
     name: Literal["judge"]

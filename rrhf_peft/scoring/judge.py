@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Judge:
         self.aspects, self.weights, self.low, self.high = dict(aspects), dict(weights), low, high
         self.instructions, self.reply_attempts, self.concurrency = instructions, reply_attempts, concurrency
         self.bad_replies: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def judge(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[Judgement]:
         """Judge (prompt, responses) groups.
@@ -152,5 +154,6 @@ class Judge:
         return Judgement([None] * len(responses), failures=dict.fromkeys(range(len(responses)), reason))
 
     def _bad(self, error: BadReplyError) -> str:
-        self.bad_replies[str(error)] = self.bad_replies.get(str(error), 0) + 1
+        with self._lock:
+            self.bad_replies[str(error)] = self.bad_replies.get(str(error), 0) + 1
         return f"bad reply: {error}"
