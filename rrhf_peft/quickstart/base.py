@@ -1,6 +1,6 @@
 """A small base model of the quickstart's own stories, trained on this machine once and then cached.
 
-A BPE tokenizer and a two-layer Llama, from nothing, in under a minute on two CPU cores: small, but an
+A BPE tokenizer and a two-layer Llama, from nothing, in under a minute on one CPU core: small, but an
 ordinary transformers folder that quantises, trains and merges like a large one.
 
 Left to others: the stories (`quickstart.corpus`), aligning the model (`quickstart.demo`).
@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rrhf_peft.files import staged_folder
 from rrhf_peft.quickstart.corpus import Story, make_stories
+from rrhf_peft.quickstart.surroundings import one_thread, quiet_libraries
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 #: Part of the cache key: raise it when this file changes what a base model is.
@@ -45,7 +46,7 @@ class BaseSize:
         context: Longest text in tokens.
     """
 
-    stories: int = 4000
+    stories: int = 3200
     epochs: int = 4
     batch_size: int = 16
     learning_rate: float = 4e-3
@@ -81,7 +82,7 @@ def cached_base(size: BaseSize, *, seed: int = 0) -> Path:
 def make_base(size: BaseSize, *, seed: int = 0, progress: Callable[[int, float], None] | None = None) -> Path:
     """Return the folder of the base model, training it first where it is not cached yet.
 
-    The same size and seed give the same weights on the same machine and number of threads.
+    The same size and seed give the same weights on the same machine.
 
     Args:
         size: Of model and training.
@@ -99,8 +100,9 @@ def make_base(size: BaseSize, *, seed: int = 0, progress: Callable[[int, float],
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new_model(size)
-    _train(model, _encode(stories, tokenizer), size, seed, progress)
-    with staged_folder(folder, overwrite=True) as staging:
+    with one_thread():
+        _train(model, _encode(stories, tokenizer), size, seed, progress)
+    with quiet_libraries(), staged_folder(folder, overwrite=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return folder

@@ -25,7 +25,7 @@ from rrhf_peft.quickstart.comparison import Measured, measure
 from rrhf_peft.quickstart.corpus import make_prompts
 from rrhf_peft.quickstart.plots import can_plot, save_figure
 from rrhf_peft.quickstart.size import FULL, DemoSize
-from rrhf_peft.quickstart.timing import Timer, quiet_libraries
+from rrhf_peft.quickstart.surroundings import Timer, one_thread, quiet_libraries
 from rrhf_peft.quickstart.view import Heading, bar, closing, note
 from rrhf_peft.recipe import Recipe, make_recipe, recipe_text
 from rrhf_peft.records import RankedGroup, UserError
@@ -73,7 +73,7 @@ def run_demo(output: Path | str, *, size: DemoSize = FULL, console: Console | No
     """
     output, console = Path(output), console or Console()
     _claim(output)
-    with quiet_libraries():
+    with quiet_libraries(), one_thread():
         outcome, merge_report = _run(output, size, console)
     _write_report(outcome, merge_report)
     if can_plot():

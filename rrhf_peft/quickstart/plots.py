@@ -42,7 +42,7 @@ def draw_rewards(axes: Any, before: Measured, after: Measured, mean_of_max: floa
         flat = [reward for own in measured.rewards for reward in own]
         weights = np.full(len(flat), 100 / len(flat))
         axes.hist(flat, bins=bins, weights=weights, color=color, alpha=0.6, label=f"{label}, mean {np.mean(flat):.2f}")
-    axes.axvline(mean_of_max, color=TARGET, linestyle="--", label=f"mean of group maximum {mean_of_max:.2f}")
+    axes.axvline(mean_of_max, color=TARGET, linestyle="--", label=f"mean of training groups' best {mean_of_max:.2f}")
     axes.set(xlabel="reward of a sample", ylabel="samples, %", title="Rewards on held-out prompts")
     axes.legend(loc="upper left", frameon=False)
 
@@ -62,7 +62,9 @@ def draw_training(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
     accuracy.set(ylabel="pairs ordered right, %", ylim=(0, 100))
     axes.set(xlabel="optimizer step", ylabel="loss", title="Training", ylim=(0, None))
     lines = [*axes.get_lines()[1::2], *accuracy.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], loc="upper right", frameon=False)
+    axes.legend(
+        lines, [line.get_label() for line in lines], loc="center right", bbox_to_anchor=(1, 0.36), frameon=False
+    )
 
 
 def save_figure(path: Path, before: Measured, after: Measured, mean_of_max: float, run_folder: Path) -> None:

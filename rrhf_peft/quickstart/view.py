@@ -83,28 +83,27 @@ def closing(
     console: Console, output: Path, prompts: Sequence[str], before: Measured, after: Measured, mean_of_max: float
 ) -> None:
     """The result: numbers, texts, and where to go next."""
-    console.print()
     console.print(comparison_table(before, after, mean_of_max))
     for part in side_by_side(prompts, before, after, count=3):
         console.print(part)
     console.print()
-    console.print(next_steps(output))
+    console.print(next_steps(output), soft_wrap=True)  # commands stay whole for copying
     console.print()
 
 
 def comparison_table(before: Measured, after: Measured, mean_of_max: float) -> Table:
     """The table that says whether it worked."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Held-out prompts", title_justify="left", title_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column("after RRHF", justify="right", style="green")
-    table.add_row("mean reward, -1 to 1 [95 %]", str(before.reward), str(after.reward))
-    table.add_row("perplexity of its texts under the base", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
-    table.add_row("orders scored pairs right", f"{before.pair_accuracy:.1%}", f"{after.pair_accuracy:.1%}")
+    table.add_row("mean reward [95 % interval]", str(before.reward), str(after.reward))
+    table.add_row("perplexity under the base", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
+    table.add_row("pairs ordered right", f"{before.pair_accuracy:.1%}", f"{after.pair_accuracy:.1%}")
     table.add_row("different word pairs", f"{before.distinct_2:.1%}", f"{after.distinct_2:.1%}")
     table.add_row("words per text", f"{before.words:.0f}", f"{after.words:.0f}")
     table.add_section()
-    table.add_row("mean of each group's best, training data", f"{mean_of_max:.2f}", "")
+    table.add_row("mean of training groups' best", f"{mean_of_max:.2f}", "")
     return table
 
 
@@ -115,8 +114,13 @@ def side_by_side(prompts: Sequence[str], before: Measured, after: Measured, coun
         table = Table(box=HORIZONTALS, pad_edge=False, show_header=True, header_style="dim")
         table.add_column(f"base, reward {before.rewards[index][0]:+.2f}", ratio=1)
         table.add_column(f"after RRHF, reward {after.rewards[index][0]:+.2f}", ratio=1)
-        table.add_row(before.responses[index][0].strip(), after.responses[index][0].strip())
+        table.add_row(*(Text(_printable(policy.responses[index][0].strip())) for policy in (before, after)))
         yield table
+
+
+def _printable(text: str) -> str:
+    """What a model writes may hold control characters; terminals obey them."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def next_steps(output: Path) -> Text:
@@ -126,11 +130,11 @@ def next_steps(output: Path) -> Text:
         ("what training saw", f"rrhf-peft inspect {recipe}"),
         (
             "the paper's own weighting",
-            f"rrhf-peft train {recipe} objective.variant=paper training.output_dir={output}/run-paper",
+            f"rrhf-peft train {recipe} objective.variant=paper training.output_dir={output}-paper",
         ),
         ("the merged model", f"AutoModelForCausalLM.from_pretrained('{output}/merged')"),
         ("the loss, step by step", "notebooks/01_rrhf_in_ten_minutes.ipynb"),
-        ("your own data", f"a file with the columns of {output}/ranked.jsonl, and recipes/qlora_7b.yaml"),
+        ("your own data, with the columns of ranked.jsonl", "recipes/qlora_7b.yaml"),
     )
     text = Text("Where to go next", style="bold")
     for what, how in lines:

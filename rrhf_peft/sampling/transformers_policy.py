@@ -197,8 +197,10 @@ def _without_filling(ids: list[int], ends: Sequence[int], pad: int) -> list[int]
 def _candidate(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], item: Generated, ends: Sequence[int], stop: StopStrings
 ) -> Candidate:
-    text, stopped = stop.cut(response_text(tokenizer, prompt, item.ids))
-    reason: FinishReason = "stop" if stopped else "eos" if item.ids[-1:] and item.ids[-1] in ends else "length"
+    ended = bool(item.ids) and item.ids[-1] in ends
+    # A model may end turns with a token that its tokenizer does not call special.
+    text, stopped = stop.cut(response_text(tokenizer, prompt, item.ids[:-1] if ended else item.ids))
+    reason: FinishReason = "stop" if stopped else "eos" if ended else "length"
     return Candidate(text, len(item.ids), item.log_prob, reason)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the demo's steps: how long each took, and libraries that keep their own bars to themselves."""
+"""What surrounds the demo's steps: their times, one thread for small models, libraries that keep quiet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 
+import torch
 from transformers.utils import logging
 
 
@@ -22,6 +23,20 @@ class Timer:
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: matrices this small keep several waiting, the more so on a busy machine.
+
+    The order of additions, and so the result, is then the same for any number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
