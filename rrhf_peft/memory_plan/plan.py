@@ -24,6 +24,9 @@ from rrhf_peft.modeling.base_model import DTYPES, load_config
 from rrhf_peft.modeling.preparation import uses_checkpointing
 from rrhf_peft.recipe import Recipe
 
+#: Responses per prompt that a plan allows for unless told otherwise.
+USUAL_RESPONSES = 8
+
 
 @dataclass(frozen=True)
 class Item:
@@ -81,7 +84,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    recipe: Recipe, *, device: str = "cuda", processes: int = 1, responses: int | None = None
+    recipe: Recipe, *, device: str = "cuda", processes: int = 1, responses: int = USUAL_RESPONSES
 ) -> MemoryPlan:
     """Predict the peak memory per process of training a recipe.
 
@@ -89,7 +92,7 @@ def plan_memory(
         recipe: checked recipe.
         device: cuda (a GPU that computes in bfloat16) or cpu; it need not be here.
         processes: FSDP over this many: weights, gradients and optimizer state are divided by it.
-        responses: k, where a micro-batch may be smaller than a chunk; None takes the chunk as full.
+        responses: k, which bounds how long a group and how large a micro-batch may be.
 
     Raises:
         UserError: the model's configuration or the adapter cannot be read.
@@ -170,18 +173,14 @@ def _optimizer(recipe: Recipe) -> str:
     return str(getattr(name, "value", name))
 
 
-def _chunk(recipe: Recipe, chunk_tokens: int, responses: int | None) -> tuple[int, int]:
-    """Rows and width of the fullest chunk: one row of shared prompts, or rows of one response each."""
-    longest = min(chunk_tokens, recipe.data.max_tokens)
-    if recipe.engine.layout == "plain":
-        width = longest
-    else:
-        width = chunk_tokens if responses is None else min(chunk_tokens, responses * recipe.data.max_tokens)
-    rows = chunk_tokens // width
-    if responses is not None:
-        groups = recipe.training.per_device_train_batch_size or 8  # type: ignore[attr-defined]
-        rows = min(rows, groups * (responses if recipe.engine.layout == "plain" else 1))
-    return rows, width
+def _chunk(recipe: Recipe, chunk_tokens: int, responses: int) -> tuple[int, int]:
+    """Rows and width of the fullest chunk: a row per group of the longest responses, or per response."""
+    plain = recipe.engine.layout == "plain"
+    longest = recipe.data.max_tokens * (1 if plain else responses)
+    groups = recipe.training.per_device_train_batch_size or TrainingArguments.per_device_train_batch_size  # type: ignore[attr-defined]
+    tokens = min(chunk_tokens, groups * responses * recipe.data.max_tokens)
+    rows = max(1, round(tokens / longest))
+    return rows, tokens // rows
 
 
 def _activations(model: Any, weights: Weights, recipe: Recipe, rows: int, width: int, on_cpu: bool) -> list[Item]:
@@ -222,14 +221,13 @@ def _copies(
     return [Item("cast weights", kept * compute.itemsize, f"autocast's {str(compute).removeprefix('torch.')} copies")]
 
 
-def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int | None) -> list[str]:
+def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int) -> list[str]:
     notes = []
     if not on_cpu:
         notes.append("the CUDA context, libraries' workspaces and fragmentation: commonly 1 to 2 GiB more")
     else:
         notes.append("what the C library's allocator holds back: often more than the activations themselves")
-    if responses is None:
-        notes.append("how full chunks are: this takes a full one; give --responses K for a closer bound")
+    notes.append(f"groups of more than {responses} responses: say how many with --responses")
     if recipe.model.quantization == "int8":
         notes.append("int8's float16 copies of activations")
     if optimizer_bytes(optimizer, []) is None:

@@ -44,6 +44,9 @@ class RRHFConfig(TrainingArguments):
     overlong_prompt: Literal["truncate", "drop", "error"] = field(default="truncate")
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            # Else a launcher's processes would each train alone: without it transformers joins only GPUs.
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _computes_bf16()
         self.remove_unused_columns = False

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from rrhf_peft.memory_plan import plan_memory
-from rrhf_peft.recipe import load_recipe, recipe_text
+from rrhf_peft.recipe import load_recipe, make_recipe, recipe_text
 from rrhf_peft.training import train_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +123,37 @@ def test_it_takes_a_step_with_a_tiny_model(recipe_path: Path, tmp_path: Path, ti
     assert math.isfinite(outcome.metrics["train_loss"])
     weights = "model.safetensors" if recipe.adapter is None else "adapter_model.safetensors"
     assert (outcome.run_folder / weights).is_file()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the launch config is for machines without one")
+def test_two_processes_on_a_cpu_are_one_run(tmp_path: Path, tiny_model_folder: Path) -> None:
+    ranked = tmp_path / "ranked.jsonl"
+    groups = [
+        {"prompt": f"Question {i}?", "responses": ["Yes.", "No, not at all."], "scores": [1, 0]} for i in range(8)
+    ]
+    ranked.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    values = {
+        "model": {"name": str(tiny_model_folder)},
+        "data": {"train": str(ranked), "max_tokens": 64},
+        "training": {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2, "num_train_epochs": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(recipe_text(make_recipe(values)), encoding="utf-8")
+    config = ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        launch += ["--main_process_port", str(probe.getsockname()[1])]
+    done = subprocess.run(
+        [*launch, "-m", "rrhf_peft.train", str(tmp_path / "recipe.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 groups, 4 per step on 2 processes (cpu)" in done.stderr
+    losses = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert len(losses) == 2
 
 
 @pytest.mark.parametrize("path", LAUNCH_CONFIGS, ids=lambda path: path.stem)

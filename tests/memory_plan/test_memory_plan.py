@@ -74,16 +74,23 @@ def test_the_chunk_bounds_the_activations(shallow: Path) -> None:
     small = plan_memory(recipe(shallow, engine={"chunk_tokens": 1024}))
     large = plan_memory(recipe(shallow, engine={"chunk_tokens": 4096}))
     assert (small.chunk_tokens, large.chunk_tokens) == (1024, 4096)
-    assert 3.5 < item(large, "activations") / item(small, "activations") < 8  # the mask grows with the square
+    assert 3.5 < item(large, "activations") / item(small, "activations") < 8  # masks grow with the square
 
 
 def test_few_responses_do_not_fill_a_chunk(shallow: Path) -> None:
     settings = {"output_dir": "o", "per_device_train_batch_size": 1}
     of_two = recipe(shallow, data={"train": "x", "max_tokens": 256}, training=settings)
     assert plan_memory(of_two, responses=2).chunk_tokens == 512
-    assert plan_memory(of_two).chunk_tokens > 4096
+    assert plan_memory(of_two).chunk_tokens == 8 * 256
     plain = recipe(shallow, data={"train": "x", "max_tokens": 256}, training=settings, engine={"layout": "plain"})
     assert plan_memory(plain, responses=2).chunk_tokens == 512
+
+
+def test_longer_groups_have_larger_masks(shallow: Path) -> None:
+    settings: dict[str, Any] = {"engine": {"chunk_tokens": 4096, "gradient_checkpointing": False}}
+    by_responses = [plan_memory(recipe(shallow, **settings), responses=k) for k in (1, 8)]
+    assert [plan.chunk_tokens for plan in by_responses] == [4096, 4096]
+    assert item(by_responses[0], "activations") < item(by_responses[1], "activations")
 
 
 def test_weights_in_float32_under_autocast_exist_twice(shallow: Path) -> None:
