@@ -190,7 +190,6 @@ class PolicyLoader:
         if self._adapted is not None:
             if self._adapted.active_peft_config.init_lora_weights in (True, False, "gaussian"):
                 self._base = self._adapted.unload()
-                del self._base.peft_config  # else the next adapter is taken for a second one
             else:  # its initialisation took a part out of the base weights
                 self._forget()
             self._adapted = None
