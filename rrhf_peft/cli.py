@@ -1,8 +1,8 @@
 """The `rrhf-peft` command: one thin function per verb.
 
 Heavy imports stand inside the verbs, so that help comes at once. Left to others: what a verb does
-(the package it names), `train` (`rrhf_peft.train`), `convert` and `inspect` (`rrhf_peft.data_verbs`), errors and
-exit codes (`rrhf_peft.console`).
+(the package it names), `sample`, `score` and `train` (modules of these names), `convert` and `inspect`
+(`rrhf_peft.data_verbs`), errors and exit codes (`rrhf_peft.console`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from rich.console import Console
 from rrhf_peft import __version__
 from rrhf_peft.console import AsJson, plain_errors, print_json
 from rrhf_peft.data_verbs import convert, inspect
+from rrhf_peft.sample import sample
+from rrhf_peft.score import score
 from rrhf_peft.train import Overrides, RecipeFile, train
 
 app = typer.Typer(
@@ -68,6 +70,9 @@ def demo(
 
 
 app.command()(convert)
+app.command()(sample)
+app.command()(score)
+app.command()(score)
 app.command()(inspect)
 
 

@@ -6,13 +6,21 @@ scoring itself (`collecting.score`), and every other verb (`cli`).
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from rrhf_peft.console import plain_errors, process_index
-from rrhf_peft.train import Overrides, RecipeFile
+from rrhf_peft.console import AsJson, plain_errors, print_json, process_index
+from rrhf_peft.train import RecipeFile
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Changes to the recipe, for example scoring.input=my.jsonl or scoring.max_groups=100.",
+        show_default=False,
+    ),
+]
 
 
 @plain_errors()
@@ -22,7 +30,7 @@ def score(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output, and start again where one was begun.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score candidate responses: by a reward model, a judge, a rule, a policy, people, or several of these.
 
@@ -50,7 +58,7 @@ def score(
     if as_json:
         paths = {name: str(path) for name in ("output", "failures", "sheet") if (path := getattr(outcome, name))}
         report = outcome.report.to_dict() if outcome.report else None
-        typer.echo(json.dumps({**paths, "report": report}, indent=2, ensure_ascii=False))
+        print_json({**paths, "report": report})
     elif outcome.sheet is not None:
         typer.echo(f"Sheet: {outcome.sheet}")
         typer.echo(
