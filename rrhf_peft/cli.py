@@ -72,7 +72,6 @@ def demo(
 app.command()(convert)
 app.command()(sample)
 app.command()(score)
-app.command()(score)
 app.command()(inspect)
 
 
