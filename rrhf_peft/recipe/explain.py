@@ -47,7 +47,8 @@ def explain(error: ValidationError, places: Mapping[Key, str]) -> str:
     """All problems in one paragraph; `places` says where a key was written, for example "line 12"."""
     findings: dict[Key, list[Any]] = {}
     for item in error.errors():
-        key = tuple(part for part in item["loc"] if not _is_union_branch(part, item["loc"]))
+        location = item["loc"]
+        key = tuple(part for place, part in enumerate(location) if not _is_union_branch(part, place, location))
         findings.setdefault(key, []).append(item)
     sentences = [_sentence(key, items, places) for key, items in findings.items()]
     return " ".join(sentence if sentence.endswith("?") else f"{sentence}." for sentence in sentences)
@@ -102,6 +103,8 @@ def _problem(key: Key, items: list[Any], place: str | None) -> str:
         return "a key must be text; put quotes around it"
     if kind == "missing":
         return "this key is required"
+    if kind == "union_tag_not_found" and isinstance(given, dict):
+        return "its key 'name' is required, which says the kind"
     if kind == "union_tag_invalid":
         return _not_one_of(first["ctx"]["tag"], first["ctx"]["expected_tags"])
     if [item["type"] for item in items] == ["literal_error"]:
@@ -151,12 +154,13 @@ def _remedy_for_type(given: Any, wanted: list[str]) -> str:
     return ""
 
 
-def _is_union_branch(part: Any, location: Key) -> bool:
+def _is_union_branch(part: Any, place: int, location: Key) -> bool:
     """Pydantic puts the tried member of a union into the location; users never wrote it."""
     if not isinstance(part, str):
         return False
     return (
         (location[0] == "objective" and part in {"rrhf", "sft"} and part == location[1])
+        or (location[0] == "scoring" and place > 0 and location[place - 1] == "scorer" and part != "name")
         or part in {"int", "float", "str", "bool", "dict", "list"}
         or part.startswith(("literal[", "list[", "constrained", "dict["))
     )
@@ -173,7 +177,7 @@ def _remedy_for_unknown(key: Key, location: Key) -> str:
     for other in Recipe.model_fields:  # the right key in the wrong section
         if (other,) != section and name in _known_keys((other,), (other,)):
             return f"did you mean '{other}.{name}'?"
-    if len(known) > 20:
+    if len(known) > 20 or not known:
         return "`rrhf-peft schema` prints the known keys"
     of_which = f" of objective {location[1]}" if section == ("objective",) else ""
     return f"known keys{of_which}: {', '.join(sorted(known))}"
@@ -194,7 +198,8 @@ def _known_keys(section: Key, location: Key) -> list[str]:
                 for inner in _models_in(model.model_fields[part].annotation)
             ]
     if len(models) > 1 and len(location) > 1:
-        models = [model for model in models if location[1] in typing.get_args(model.model_fields["name"].annotation)]
+        chosen = {part for part in location if isinstance(part, str)}
+        models = [model for model in models if chosen & set(typing.get_args(model.model_fields["name"].annotation))]
     return [name for model in models for name in model.model_fields]
 
 
