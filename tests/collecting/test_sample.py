@@ -243,3 +243,25 @@ def test_vllm_is_asked_for_in_one_sentence(tiny_model_folder, tmp_path):
     entries = [{**TOP_P, "backend": "vllm"}]
     with pytest.raises(UserError, match="pip install 'rrhf-peft\\[vllm\\]'"):
         sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", entries))
+
+
+def test_a_server_answers_beside_a_model(tiny_model_folder, tmp_path):
+    pytest.importorskip("openai")
+    from sampling.test_endpoint import Server
+
+    server = Server()
+    try:
+        prompts = write_prompts(tmp_path / "prompts.json", 4)
+        server.faults["6"] = ["cut", 400]
+        endpoint = {"base_url": server.url, "model": "org/served", "concurrency": 1}
+        entries = [TOP_P, {**TOP_P, "k": 3, "backend": "endpoint", "endpoint": endpoint}]
+        prompts.write_text(json.dumps(["5", "6"]))
+        outcome = sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", entries))
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+    rows = read_rows(tmp_path / "o.jsonl")
+    assert [row["sources"].count("top_p:served") for row in rows] == [3, 2]
+    assert {"source": "top_p:served", "reason": "missing"} in rows[1]["meta"]["removed"]
+    assert outcome.report.sources["top_p:served"].missing == 1
+    assert all(row["sources"][0] == f"top_p:{tiny_model_folder.name}" for row in rows)
