@@ -107,10 +107,17 @@ def _raw_columns(group: Candidates, raw: Mapping[str, GroupScores]) -> dict[str,
 def _scored_row(
     group: Candidates, raw: Mapping[str, GroupScores], scores: Sequence[float | None], places: Sequence[int]
 ) -> dict[str, Any]:
-    """The row of the output; `meta.kept` tells the places of the input's responses where some are left out."""
+    """The row of the output.
+
+    Where responses are left out, `meta.kept` tells the places of the others in the input, and what sampling
+    says of each response (`meta.candidates`) goes with its response.
+    """
     meta = dict(group.meta)
     if len(places) < len(group.responses):
         meta["kept"] = list(places)
+        about = meta.get("candidates")
+        if isinstance(about, list) and len(about) == len(group.responses):
+            meta["candidates"] = [about[place] for place in places]
     return {
         "prompt": group.prompt,
         "responses": [group.responses[place] for place in places],

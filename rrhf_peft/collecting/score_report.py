@@ -64,6 +64,7 @@ class ScoreReport:
 
     def _sources_table(self) -> Table:
         table = Table("source", "responses", "mean", "std", "mean of max", "win share")
+        table.columns[0].overflow = "fold"
         for column in table.columns[1:]:
             column.justify = "right"
         for source, own in self.sources.items():

@@ -24,7 +24,7 @@ def write_candidates(path, groups=12, k=4):
             "prompt": f"question {g}",
             "responses": [f"answer {g}.{i}" for i in range(k)],
             "sources": [f"policy-{i}" for i in range(k)],
-            "meta": {"group": g},
+            "meta": {"group": g, "candidates": [{"number": i} for i in range(k)]},
         }
         for g in range(groups)
     ]
@@ -146,6 +146,7 @@ def test_lasting_faults_are_kept_with_their_reasons_and_become_no_score(tmp_path
         assert response not in row["responses"]
         assert len(row["scores"]) == len(row["sources"]) == len(row["raw_scores"]["judge.safety"]) == 3
         assert row["meta"]["kept"] == [i for i in range(4) if i != place]
+        assert [about["number"] for about in row["meta"]["candidates"]] == row["meta"]["kept"]
         assert list(failed[group]["left_out"]) == [str(place)]
         assert failed[group]["group_kept"] is True
     assert failed[10]["group_kept"] is False
