@@ -79,7 +79,8 @@ def run_demo(output: Path | str, *, size: DemoSize = FULL, console: Console | No
     if can_plot():
         save_figure(output / "before_after.png", outcome.before, outcome.after, outcome.mean_of_max, output / "run")
     closing(console, output, draw_prompts(size)[1], outcome.before, outcome.after, outcome.mean_of_max)
-    note(console, f"{sum(outcome.seconds.values()):.0f} s in all; every number is in {output}/report.json")
+    picture = f", a picture in {output}/before_after.png" if can_plot() else ""
+    note(console, f"{sum(outcome.seconds.values()):.0f} s in all. Every number is in {output}/report.json{picture}.")
     return outcome
 
 

@@ -45,7 +45,7 @@ class DemoSize:
 FULL = DemoSize()
 
 #: The same base model and less of everything else: for the walkthrough.
-BRIEF = DemoSize(train_prompts=120, heldout_prompts=60, heldout_k=2)
+BRIEF = DemoSize(train_prompts=160, heldout_prompts=60, heldout_k=2)
 
 #: Seconds instead of minutes: a base model that has hardly learned to write.
 TINY = DemoSize(

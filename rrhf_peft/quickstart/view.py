@@ -76,7 +76,7 @@ def bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], Non
 
 def note(console: Console, text: str) -> None:
     """A line under a heading."""
-    console.print(Padding(Text(text), (0, 0, 0, 4), expand=False))
+    console.print(Padding(Text(text), (0, 0, 0, 4), expand=False), highlight=False)
 
 
 def closing(
@@ -84,6 +84,12 @@ def closing(
 ) -> None:
     """The result: numbers, texts, and where to go next."""
     console.print(comparison_table(before, after, mean_of_max))
+    note(
+        console,
+        "More reward is worth something only while the texts stay language: collapsed ones would show as a "
+        "perplexity many times the base's, or as few different word pairs.",
+    )
+    console.print()
     for part in side_by_side(prompts, before, after, count=3):
         console.print(part)
     console.print()
