@@ -134,7 +134,7 @@ class _ShardedStage:
         pending = self.shards.pending()
         if pending:
             policy = loader.load(self.stage)
-            total = sum(len(self.units[unit]) for unit in pending) * len(self.stage.entries)
+            total = sum(len(self.units[unit]) for unit in pending)
             with sample_progress(console, title, total) as progress:
                 for unit in pending:
                     self.shards.write(unit, self._rows(policy, self.units[unit], progress))
@@ -146,9 +146,14 @@ class _ShardedStage:
     def _rows(self, policy: Any, prompts: Sequence[Prompt], progress: Any) -> list[dict[str, Any]]:
         """For each prompt, every entry's candidates."""
         found = {}
+        last = max(self.stage.entries)
         for place, entry in self.stage.entries.items():
             keys = [f"{self.sampling.seed}/{place}/{prompt.index}" for prompt in prompts]
-            answers = policy.respond(prompts, keys, decoding_of(entry, self.sampling), progress)
+
+            def advance(groups: int, tokens: int, is_last: bool = place == last) -> None:
+                progress(groups if is_last else 0, tokens)  # a group is done when its last entry is
+
+            answers = policy.respond(prompts, keys, decoding_of(entry, self.sampling), advance)
             found[str(place)] = [[asdict(candidate) for candidate in own] for own in answers]
         return [
             {"prompt_index": prompt.index, "candidates": {place: own[row] for place, own in found.items()}}

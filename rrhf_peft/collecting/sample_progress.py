@@ -48,7 +48,7 @@ def sample_progress(console: Console | None, description: str, total: int) -> It
         nonlocal groups, tokens, last
         groups, tokens = groups + more_groups, tokens + more_tokens
         now = time.monotonic()
-        if now - last >= SECONDS_BETWEEN_LINES or groups >= total:
+        if now - last >= SECONDS_BETWEEN_LINES or (more_groups and groups >= total):
             last = now
             left = (total - groups) * (now - started) / max(groups, 1)
             console.print(f"{description}: {groups}/{total} groups, {rates()}, {left:.0f} s left", highlight=False)

@@ -52,26 +52,21 @@ class SampleReport:
         return asdict(self)
 
     def table(self) -> Table:
-        """As a table for the terminal."""
+        """As a table for the terminal; `same` are duplicates, `dist-2` is distinct-2, what is not `stopped` was cut."""
         table = Table(title=f"{self.responses} responses to {self.prompts} prompts", box=box.SIMPLE, padding=(0, 1))
-        table.add_column("source", overflow="fold")
-        for name in ("kept", "tokens", "words", "distinct-2", "same", "empty", "missing", "stopped", "cut"):
+        table.add_column("source", overflow="fold", min_width=12)
+        for name in ("kept", "tokens", "dist-2", "same", "empty", "missing", "stopped"):
             table.add_column(name, justify="right", no_wrap=True)
         for name, source in self.sources.items():
-            stopped, cut = ("-", "-")
-            if source.stopped is not None:
-                stopped, cut = f"{source.stopped:.0%}", f"{1 - source.stopped:.0%}"
             table.add_row(
                 name,
                 str(source.responses),
                 _number(source.num_tokens, ".1f"),
-                f"{source.words:.1f}",
                 _number(source.distinct_2, ".3f"),
                 str(source.duplicates),
                 str(source.empty),
                 str(source.missing),
-                stopped,
-                cut,
+                _number(source.stopped, ".0%"),
             )
         return table
 
