@@ -18,7 +18,19 @@ from rrhf_peft.scoring.value_head import load_value_head_model
 
 CPU = {"revision": None, "dtype": torch.float32, "device": torch.device("cpu")}
 #: Lengths from one to many; the EOS (2) and the padding token (0) inside and at the end.
-ROWS = [[7], [9, 2], [5, 6, 7, 8, 2], [11] * 40, [3, 0, 4], [20, 2, 30, 2, 2], list(range(3, 60)), [8, 8]]
+ROWS = [
+    [7],
+    [9, 2],
+    [5, 6, 7, 8, 2],
+    [11] * 40,
+    [3, 0, 4],
+    [20, 2, 30, 2, 2],
+    list(range(3, 60)),
+    [8, 8],
+    [5, 7],
+    [9, 0],
+    [6, 1],
+]
 
 
 def scores(model, rows=ROWS, **options):
