@@ -21,11 +21,13 @@ TOP_P = {"strategy": "top_p", "k": 2, "max_new_tokens": 8}
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model_folder, tmp_path_factory):
-    """Two adapters that change the model a lot; the second one of an initialisation that changes the base."""
+    """Two adapters on different layers, each a large change; the initialisation of the second changes the base."""
     folders = []
-    for number, init in enumerate([True, "pissa"]):
+    for number, fields in enumerate(
+        [{"init_lora_weights": True}, {"init_lora_weights": "pissa", "target_modules": ["q_proj", "v_proj"]}]
+    ):
         torch.manual_seed(number)
-        model = attach_adapter(load_base_model(tiny_model_folder), {"r": 4, "init_lora_weights": init})
+        model = attach_adapter(load_base_model(tiny_model_folder), {"r": 4, **fields})
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "lora_B" in name:

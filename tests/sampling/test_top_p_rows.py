@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rrhf_peft.records import UserError
 from rrhf_peft.sampling import Decoding, TokenBudget, encode_prompts, respond
@@ -75,6 +75,21 @@ def test_company_padding_and_budget_do_not_change_a_response(tiny):
     assert ids == [[item.ids for item in own] for own in one_by_one]
     assert len({len(item) for own in ids for item in own}) > 3  # they ended at different places
     assert len({tuple(item) for own in ids for item in own}) > 10
+
+
+def test_padding_does_not_shift_learnt_positions():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=60, n_positions=40, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    prompts, keys = [[5], [6, 7, 8, 9, 10, 11, 12, 13]], [["a"], ["b"]]
+    settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, "ends": [59], "pad": 0}
+    stop = StopStrings(None, ())
+    together = sample_rows(model, prompts, keys, stop=stop, **settings)
+    alone = [
+        sample_rows(model, [prompt], [key], stop=stop, **settings)[0] for prompt, key in zip(prompts, keys, strict=True)
+    ]
+    assert [own[0].ids for own in together] == [own[0].ids for own in alone]
+    assert [own[0].log_prob for own in together] == pytest.approx([own[0].log_prob for own in alone], abs=1e-4)
 
 
 def test_log_probs_are_those_of_the_whole_text(tiny):
