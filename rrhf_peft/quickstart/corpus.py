@@ -45,14 +45,12 @@ def make_stories(count: int, seed: int) -> list[Story]:
     return list(stories.values())
 
 
-def make_prompts(count: int, seed: int, *, exclude: set[str] | None = None) -> list[str]:
-    """Draw `count` distinct story beginnings, none of them in `exclude`."""
+def make_prompts(count: int, seed: int) -> list[str]:
+    """Draw `count` distinct story beginnings."""
     rng = random.Random(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
-        prompt = _draw_story(rng).prompt
-        if exclude is None or prompt not in exclude:
-            prompts[prompt] = None
+        prompts[_draw_story(rng).prompt] = None
     return list(prompts)
 
 

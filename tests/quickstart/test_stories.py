@@ -32,7 +32,9 @@ def test_every_name_in_a_continuation_was_introduced_in_its_prompt() -> None:
     names = {person[0] for person in PEOPLE}
     for story in STORIES:
         mentioned = set(re.findall(r"[A-Z][a-z]+", story.continuation)) & names
-        assert mentioned <= set(re.findall(r"[A-Z][a-z]+", story.prompt))
+        introduced = set(re.findall(r"[A-Z][a-z]+", story.prompt)) & names
+        assert mentioned <= introduced
+        assert len(introduced) == 2
 
 
 def test_moods_occur_in_their_shares_and_the_beginning_does_not_tell_which() -> None:
@@ -53,15 +55,13 @@ def test_the_reward_tells_the_moods_apart_and_grades_within_them() -> None:
     assert len(set(scores["cheerful"])) > 5
 
 
-def test_prompts_are_distinct_and_leave_out_what_they_should() -> None:
-    train = make_prompts(300, seed=1)
-    heldout = make_prompts(300, seed=1, exclude=set(train))
-    assert len(set(train)) == len(set(heldout)) == 300
-    assert not set(train) & set(heldout)
+def test_prompts_are_distinct_and_begin_the_same_stories() -> None:
+    assert len(set(make_prompts(2000, seed=5))) == 2000
+    assert make_prompts(50, seed=5) == [story.prompt for story in STORIES[:50]]
 
 
 def test_cheerfulness_is_the_stated_formula_and_counts_each_word_once() -> None:
-    assert cheerfulness("sad", ["Happy, happy sun! A cold road.", "", "gone gone"]) == [1 / 4, 0.0, -1 / 2]
+    assert cheerfulness("sad", ["Happy, happy sun! A COLD road.", "", "gone gone"]) == [1 / 4, 0.0, -1 / 2]
     everything = " ".join(CHEERFUL), " ".join(GLOOMY)
     assert all(abs(score) < 1 for score in cheerfulness("", list(everything)))
     assert not CHEERFUL & GLOOMY
