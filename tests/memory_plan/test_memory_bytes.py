@@ -70,6 +70,7 @@ def test_base_weights_take_what_the_plan_says(
     assert planned.parameters == real.num_parameters()
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -115,6 +116,7 @@ class Sizes(torch.nn.Module):
         return sum((weight**2).sum() for weight in self.weights)  # type: ignore[return-value]
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")  # they fall back, as large
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "adafactor"])
 def test_an_optimizer_keeps_what_the_plan_says(name: str, tmp_path: Path) -> None:
     model = Sizes()
