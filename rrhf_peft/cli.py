@@ -130,11 +130,22 @@ def merge(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Type on disk; auto keeps the base's.")
     ] = "auto",
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "fp4"] | None,
+        typer.Option(help="How training held the base, where the adapter's folder has no recipe.yaml to say so."),
+    ] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option(help="With --quantization nf4 or fp4: whether the scales were quantised as well.")
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, for example 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output at the very end.")] = False,
     verify: Annotated[
         bool, typer.Option(help="Compare the merged model with the adapter's before the output appears.")
     ] = True,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest logit difference, as a share of the largest logit; by default that of the dtype."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Turn an adapter into standalone weights, with a report that proves they compute the same.
@@ -159,7 +170,10 @@ def merge(
             shard_size=shard_size,
             overwrite=overwrite,
             base_model=base_model,
+            quantization=quantization,
+            double_quant=double_quant,
             verify=verify,
+            tolerance=tolerance,
             on_progress=on_progress,
         )
     if as_json:
