@@ -13,6 +13,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 
 from rrhf_peft.records import UserError
@@ -26,6 +28,9 @@ _SIGNATURE = "a rule is a function (prompt: str, responses: list[str]) -> list[f
 def load_rule(name: str) -> Rule:
     """Import the rule called ``package.module:function``, and check what it returns from then on.
 
+    Modules are also looked for in the working directory, after everywhere else, so that a rule can lie
+    beside its recipe without hiding an installed package.
+
     Raises:
         UserError: no such module or function, or it is no function. The returned rule raises it too, when
             the scores are not one finite number per response.
@@ -33,13 +38,16 @@ def load_rule(name: str) -> Rule:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(f"rule {name!r}: write package.module:function, for example rrhf_peft.scoring:vader.")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
             problem = (
-                f"Python finds no module {missing!r}. Check the spelling, and that it is installed or on PYTHONPATH"
+                f"Python finds no module {missing!r}. Check the spelling, and that it is installed, on PYTHONPATH, "
+                "or in this folder"
             )
         else:
             problem = f"{module_name} needs the module {missing!r}, which is not installed. Install it"

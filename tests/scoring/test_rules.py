@@ -101,3 +101,10 @@ def test_without_its_package_vader_says_what_to_install(monkeypatch: pytest.Monk
     sentiment._analyzer.cache_clear()
     with pytest.raises(UserError, match=r"pip install 'rrhf-peft\[vader\]'"):
         vader("", ["text"])
+
+
+def test_a_rule_may_lie_in_the_working_directory(tmp_path, monkeypatch) -> None:
+    (tmp_path / "rule_beside_the_recipe.py").write_text("def count(prompt, responses): return [1.0 for _ in responses]")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    assert load_rule("rule_beside_the_recipe:count")("a", ["b", "c"]) == [1.0, 1.0]
