@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from rrhf_peft import __version__
@@ -52,6 +53,20 @@ def test_everything_that_is_installed_is_pinned() -> None:
     of_the_torch_wheel = re.compile(r"nvidia-|cuda-|triton")
     assert len(needed) > 80
     assert sorted(name for name in needed - pins().keys() if not of_the_torch_wheel.match(name)) == []
+
+
+def test_pins_without_a_marker_run_on_every_python_that_is_promised() -> None:
+    """Else pip looks for a way out among hundreds of versions, for many minutes."""
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        if requirement.marker is None:
+            try:
+                metadata = importlib.metadata.metadata(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                continue  # another platform's
+            assert SpecifierSet(metadata["Requires-Python"] or "").contains("3.10"), line
 
 
 def test_pins_name_no_place_and_no_build() -> None:
