@@ -1,6 +1,10 @@
 """The YAML recipe: schema, loading, dotted overrides, snapshot."""
 
+from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.loading import json_schema, load_recipe, make_recipe, recipe_text
+from rrhf_peft.recipe.objectives import RRHFObjective, SFTObjective
+from rrhf_peft.recipe.online import OnlineSection
+from rrhf_peft.recipe.rounds import RoundsSection
 from rrhf_peft.recipe.sampling import CandidatesSection, EndpointSection, SamplingSection
 from rrhf_peft.recipe.schema import (
     AdapterSection,
@@ -8,8 +12,6 @@ from rrhf_peft.recipe.schema import (
     EngineSection,
     ModelSection,
     Recipe,
-    RRHFObjective,
-    SFTObjective,
     TrainingSection,
 )
 from rrhf_peft.recipe.scoring import ScoringSection
@@ -20,9 +22,12 @@ __all__ = [
     "DataSection",
     "EndpointSection",
     "EngineSection",
+    "EvaluationSection",
     "ModelSection",
+    "OnlineSection",
     "RRHFObjective",
     "Recipe",
+    "RoundsSection",
     "SFTObjective",
     "SamplingSection",
     "ScoringSection",

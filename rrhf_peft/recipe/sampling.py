@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from rrhf_peft.recipe.section import Section
 
 Strategy = Literal["beam", "diverse_beam", "top_p"]
 Backend = Literal["transformers", "vllm", "endpoint"]
@@ -29,11 +31,7 @@ READS: dict[str, set[str]] = {
 _STRATEGY_SETTINGS = set().union(*READS.values())
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class EndpointSection(_Strict):
+class EndpointSection(Section):
     """A server that speaks OpenAI's HTTP API."""
 
     base_url: str = Field(min_length=1, description="For example http://localhost:8000/v1.")
@@ -48,7 +46,7 @@ class EndpointSection(_Strict):
     max_retries: int = Field(6, ge=0, description="Further attempts after 408, 409, 429, 5xx, time-outs and cut lines.")
 
 
-class CandidatesSection(_Strict):
+class CandidatesSection(Section):
     """One policy and one way to decode it; a run has one or more."""
 
     strategy: Strategy = Field(description="beam (BP), diverse_beam (DP) or top_p (SP) of arXiv 2304.05302.")
@@ -88,7 +86,7 @@ class CandidatesSection(_Strict):
         return (self.num_beam_groups or self.beams) if self.strategy == "diverse_beam" else 1
 
 
-class SamplingSection(_Strict):
+class SamplingSection(Section):
     """What `rrhf-peft sample` reads."""
 
     prompts: Annotated[

@@ -16,11 +16,16 @@ import typing
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import Field, create_model, model_validator
 from transformers import TrainingArguments
 
+from rrhf_peft.recipe.evaluation import EvaluationSection
+from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective
+from rrhf_peft.recipe.online import OnlineSection
+from rrhf_peft.recipe.rounds import RoundsSection
 from rrhf_peft.recipe.sampling import SamplingSection
 from rrhf_peft.recipe.scoring import ScoringSection
+from rrhf_peft.recipe.section import Section
 
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Layout = Literal["auto", "shared", "plain"]
@@ -46,12 +51,6 @@ Format = Literal[
     "lmflow",
 ]
 Template = Literal["raw", "hh", "alpaca", "chat"]
-
-
-class Section(BaseModel):
-    """A strict mapping: no unknown keys, no silent conversions, no NaN, immutable once read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -102,43 +101,6 @@ class DataSection(Section):
         "truncate", description="What happens to a prompt longer than its limit."
     )
     max_groups: int | None = Field(None, ge=1, description="Read only the first this many groups.")
-
-
-class RRHFObjective(Section):
-    """The RRHF loss (arXiv 2304.05302), Eq. 1-5."""
-
-    name: Literal["rrhf"] = "rrhf"
-    variant: Literal["balanced", "paper", "released"] = Field(
-        "balanced",
-        description="balanced: Eq. 1-2 and a mean SFT loss. paper: Eq. 1-5 to the letter. released: the released "
-        "code's arithmetic, which divides by the padded length.",
-    )
-    rank_weight: float = Field(1.0, ge=0, description="Weight of the ranking loss.")
-    sft_weight: float = Field(1.0, ge=0, description="Weight of the fine-tuning loss on the best response.")
-    length_penalty: float = Field(1.0, ge=0, description="Exponent a of |y| in Eq. 1.")
-    margin: float = Field(0.0, description="Added inside the hinge of Eq. 2.")
-    min_score_gap: float = Field(0.0, ge=0, description="Only pairs whose scores differ by more than this count.")
-    pair_function: Literal["hinge", "logistic"] = Field(
-        "hinge", description="hinge: max(0, d). logistic: log(1 + exp(d))."
-    )
-    pair_reduction: Literal["sum", "mean"] = Field("sum", description="Over the ordered pairs of a group.")
-    sft_reduction: Literal["sum", "mean"] | None = Field(
-        None, description="Over the best response's tokens. Unset: sum for paper, mean for balanced."
-    )
-    tied_best: Literal["first", "mean"] = Field(
-        "first", description="Fine-tuning target when several responses share the best score."
-    )
-
-
-class SFTObjective(Section):
-    """Fine-tuning on the best response only."""
-
-    name: Literal["sft"]
-    sft_reduction: Literal["sum", "mean"] = Field("mean", description="Over the best response's tokens.")
-    tied_best: Literal["first", "mean"] = Field("first", description="Target when several share the best score.")
-
-
-ObjectiveSection = Annotated[RRHFObjective | SFTObjective, Field(discriminator="name")]
 
 
 class EngineSection(Section):
@@ -253,6 +215,9 @@ class Recipe(Section):
     )
     sampling: SamplingSection | None = Field(None, description="What `rrhf-peft sample` reads.")
     scoring: ScoringSection | None = Field(None, description="What `rrhf-peft score` reads.")
+    online: OnlineSection | None = Field(None, description="Sample again from the policy while it is trained (OP-k).")
+    evaluation: EvaluationSection | None = Field(None, description="What `rrhf-peft evaluate` reads.")
+    rounds: RoundsSection | None = Field(None, description="What `rrhf-peft rounds` reads.")
 
     @model_validator(mode="before")
     @classmethod

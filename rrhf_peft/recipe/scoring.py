@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from rrhf_peft.recipe.section import Section
 
 DEFAULT_ASPECTS = {"relevance": 1.0, "correctness": 1.0, "coherence": 1.0, "safety": 1.0}
 
 
-class _Strict(BaseModel):
-    """A strict mapping; `EFFORT` names the settings that change how long it takes and not what comes out."""
+class _Strict(Section):
+    """A section; `EFFORT` names the settings that change how long it takes and not what comes out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
     EFFORT: ClassVar[frozenset[str]] = frozenset()
 
 
