@@ -117,7 +117,8 @@ def install(
     )
     original = inner.forward
 
-    @functools.wraps(original)  # `generate` and `Trainer` read the signature
+    # `generate`, sampling and `Trainer` read the signature; of a bound method it would lose its first parameter twice.
+    @functools.wraps(getattr(original, "__func__", original))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if "response_lengths" not in kwargs:
             return original(*args, **kwargs)
