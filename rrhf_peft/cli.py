@@ -1,8 +1,9 @@
 """The `rrhf-peft` command: one thin function per verb.
 
 Heavy imports stand inside the verbs, so that help comes at once. Left to others: what a verb does
-(the package it names), `sample`, `score` and `train` (modules of these names), `convert` and `inspect`
-(`rrhf_peft.data_verbs`), errors and exit codes (`rrhf_peft.console`).
+(the package it names), `sample`, `score` and `train` (modules of these names), `rounds`
+(`rrhf_peft.rounds.command`), `convert` and `inspect` (`rrhf_peft.data_verbs`), errors and exit codes
+(`rrhf_peft.console`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 from rrhf_peft import __version__
 from rrhf_peft.console import AsJson, plain_errors, print_json
 from rrhf_peft.data_verbs import convert, inspect
+from rrhf_peft.rounds.command import rounds
 from rrhf_peft.sample import sample
 from rrhf_peft.score import score
 from rrhf_peft.train import Overrides, RecipeFile, train
@@ -108,6 +110,7 @@ def plan(
 
 
 app.command()(train)
+app.command()(rounds)
 
 
 @app.command()

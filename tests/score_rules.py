@@ -14,3 +14,8 @@ def slow_length(prompt: str, responses: list[str]) -> list[float]:
 def cost(prompt: str, responses: list[str]) -> list[float]:
     """How often a response says "a"."""
     return [float(response.count("a")) for response in responses]
+
+
+def small_letters(prompt: str, responses: list[str]) -> list[float]:
+    """The share of characters that are small letters of the alphabet."""
+    return [sum("a" <= letter <= "z" for letter in response) / max(len(response), 1) for response in responses]

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ class Processes:
 
     index: int
     count: int
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -35,18 +37,25 @@ class Processes:
     def wait_for_all(self) -> None:
         """Return when every process has come here."""
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 @contextlib.contextmanager
 def launched_processes() -> Iterator[Processes]:
-    """The processes that RANK and WORLD_SIZE tell of; a single one without them."""
+    """The processes that RANK and WORLD_SIZE tell of; a single one without them.
+
+    Where a process group is open already, as a trainer leaves it, it stays open and is not waited in: it may be
+    one for GPUs, and lose its patience after minutes. The waiting has a gloo group of its own beside it.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or dist.is_initialized():  # the caller's own group, if any, stays the caller's
-        yield Processes(int(os.environ.get("RANK", "0")) if count > 1 else 0, count)
+    if count == 1:
+        yield Processes(0, 1)
         return
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    beside = dist.is_initialized()
+    if not beside:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if beside else dist.group.WORLD
     try:
-        yield Processes(dist.get_rank(), count)
+        yield Processes(dist.get_rank(), count, group)
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group(group)

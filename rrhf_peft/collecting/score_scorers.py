@@ -16,7 +16,7 @@ from rrhf_peft.collecting.score_policy import PolicyScores, load_policy
 from rrhf_peft.collecting.score_texts import RewardTexts, load_reward_tokenizer, longest_row
 from rrhf_peft.modeling import default_device, resolve_dtype, resolve_source
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.scoring import HumanScorer, JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
+from rrhf_peft.recipe.scoring import HumanScorer, JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer, SourceScorer
 from rrhf_peft.scoring.annotations import Agreement, agreement, merged_scores
 from rrhf_peft.scoring.judge import Judge
 from rrhf_peft.scoring.judge_client import JudgeClient
@@ -24,6 +24,7 @@ from rrhf_peft.scoring.judge_prompts import ASPECTS
 from rrhf_peft.scoring.ranking_sheet import read_ranks
 from rrhf_peft.scoring.reward_model import RewardModel, label_index, load_sequence_classifier
 from rrhf_peft.scoring.rule import load_rule
+from rrhf_peft.scoring.source import source_score
 from rrhf_peft.scoring.transcript import transcript
 from rrhf_peft.scoring.value_head import load_value_head_model
 
@@ -167,6 +168,22 @@ class PolicyGroups:
         return {"truncated_responses": self.policy.truncated}
 
 
+class SourceGroups:
+    """Who wrote a candidate; a source without a score is told before anything is written."""
+
+    def __init__(self, section: SourceScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+        sources = dict.fromkeys(source for group in groups for source in group.sources)
+        self.scores = {source: source_score(source, section.scores) for source in sources}
+
+    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+        """What the patterns say; every response gets a score."""
+        return [GroupScores([self.scores[source] for source in group.sources]) for group in groups]
+
+    def counts(self) -> dict[str, int]:
+        """Nothing to count."""
+        return {}
+
+
 class HumanGroups:
     """People's merged ranks over candidates; the sheets are read when it is made."""
 
@@ -196,5 +213,6 @@ SCORERS: dict[str, Callable[[Any, Recipe, int, Sequence[Candidates]], Scorer]] =
     "judge": JudgeGroups,
     "rule": RuleGroups,
     "policy": PolicyGroups,
+    "source": SourceGroups,
     "human": HumanGroups,
 }

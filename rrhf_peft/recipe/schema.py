@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective
 from rrhf_peft.recipe.online import OnlineSection
-from rrhf_peft.recipe.rounds import RoundsSection
+from rrhf_peft.recipe.rounds import RoundsSection, rounds_contradictions, with_round_paths
 from rrhf_peft.recipe.sampling import SamplingSection
 from rrhf_peft.recipe.scoring import ScoringSection
 from rrhf_peft.recipe.section import Section
@@ -227,6 +227,11 @@ class Recipe(Section):
             return {**values, "objective": {"name": "rrhf", **objective}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounds_set_their_paths(cls, values: Any) -> Any:
+        return with_round_paths(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _refuse_impossible_combinations(self) -> Recipe:
         for key, problem in _contradictions(self):
@@ -240,6 +245,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
         yield from _model_contradictions(recipe)
     if recipe.data is not None:
         yield from _data_contradictions(recipe.data)
+    if recipe.rounds is not None:
+        yield from rounds_contradictions(recipe.sampling, recipe.scoring, recipe.evaluation)
     training: Any = recipe.training
     if training is not None:
         if not training.output_dir:

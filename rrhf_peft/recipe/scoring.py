@@ -139,6 +139,16 @@ class PolicyScorer(_Strict):
     batch_tokens: int = Field(16384, ge=1, description="Tokens per batch; halved where the GPU's memory ends.")
 
 
+class SourceScorer(_Strict):
+    """Who wrote a response, as in SPIN: a human's answer above the policy's own."""
+
+    name: Literal["source"]
+    scores: dict[str, float] = Field(
+        min_length=1,
+        description='Pattern over source names and its score, {"provided*": 1.0, "*": 0.0}; the first that matches.',
+    )
+
+
 class HumanScorer(_Strict):
     """People's ranks: a blind sheet out first, then the filled copies in."""
 
@@ -157,7 +167,8 @@ class _WithDefaults(_Strict):
 
 
 SingleScorer = Annotated[
-    RewardModelScorer | JudgeScorer | RuleScorer | PolicyScorer | HumanScorer, Field(discriminator="name")
+    RewardModelScorer | JudgeScorer | RuleScorer | PolicyScorer | SourceScorer | HumanScorer,
+    Field(discriminator="name"),
 ]
 
 
@@ -183,7 +194,7 @@ class CompositeScorer(_Strict):
 
 
 ScorerSection = Annotated[
-    RewardModelScorer | JudgeScorer | RuleScorer | PolicyScorer | HumanScorer | CompositeScorer,
+    RewardModelScorer | JudgeScorer | RuleScorer | PolicyScorer | SourceScorer | HumanScorer | CompositeScorer,
     Field(discriminator="name"),
 ]
 

@@ -1,0 +1,52 @@
+"""Small recipes of rounds on the tiny model."""
+
+from __future__ import annotations
+
+import json
+
+from rrhf_peft.recipe import make_recipe
+
+NEEDS = ["rounds", "model", "sampling", "scoring"]
+
+
+def write_prompts(path, count):
+    path.write_text(json.dumps([f"{number} " for number in range(count)]), encoding="utf-8")
+    return path
+
+
+def round_values(model, folder, *, prompts=12, **changes):
+    """Two rounds with a rule that a byte-level model learns at once: the share of small letters."""
+    values = {
+        "model": {"name": str(model)},
+        "adapter": {"r": 4},
+        "data": {"max_tokens": 64},
+        "training": {
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 2,
+            "learning_rate": 5e-3,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+        "sampling": {
+            "prompts": str(write_prompts(folder / "prompts.json", prompts)),
+            "candidates": [{"strategy": "top_p", "k": 4, "max_new_tokens": 12}],
+            "unit_prompts": 4,
+        },
+        "scoring": {"scorer": {"name": "rule", "function": "score_rules:small_letters"}, "unit_groups": 4},
+        "rounds": {"output": str(folder / "rounds"), "count": 2},
+    }
+    for section, own in changes.items():
+        held = values.get(section)
+        values[section] = {**held, **own} if isinstance(held, dict) and isinstance(own, dict) else own
+    return values
+
+
+def round_recipe(*arguments, **changes):
+    return make_recipe(round_values(*arguments, **changes), needs=NEEDS)
+
+
+def tables(folder):
+    """What a resumed run has to give again, byte for byte."""
+    return {name: (folder / name).read_bytes() for name in ("rounds.json", "table.md", "recipe.yaml")}
