@@ -31,6 +31,7 @@ def new_figure(width: float, height: float) -> Any:
             "drawing needs matplotlib, which is not installed. Install it with: pip install 'rrhf-peft[plots]'"
         ) from None
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     FigureCanvasAgg(figure)
     return figure
 

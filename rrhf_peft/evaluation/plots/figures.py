@@ -16,7 +16,7 @@ import numpy as np
 from rrhf_peft.evaluation.plots.canvas import FONT_SIZE, INK, WIDE, WIDTH, dress, new_figure
 from rrhf_peft.evaluation.plots.folder import WinRow
 from rrhf_peft.evaluation.plots.labels import LineEnd, label_line_ends, label_points, shortened
-from rrhf_peft.evaluation.plots.palette import LOSE, TIE, WIN, Style
+from rrhf_peft.evaluation.plots.palette import LOSE, TIE, WIN, Style, ink
 from rrhf_peft.evaluation.reward import Interval
 
 #: With more policies than this, points carry numbers and the names stand in a key beside the plot.
@@ -41,7 +41,7 @@ def reward_figure(rewards: Mapping[str, Interval], look: Mapping[str, Style], *,
             textcoords="offset points",
             va="center",
             fontsize=FONT_SIZE - 1,
-            color=own.color,
+            color=ink(own.color),
         )
     _name_rows(axes, list(rewards))
     axes.margins(x=0.12)
@@ -78,7 +78,7 @@ def plane_figure(points: Mapping[str, tuple[float, float]], look: Mapping[str, S
                 xycoords="axes fraction",
                 va="center",
                 fontsize=FONT_SIZE - 1.5,
-                color=look[name].color,
+                color=ink(look[name].color),
                 annotation_clip=False,
                 parse_math=False,
             )
@@ -88,7 +88,7 @@ def plane_figure(points: Mapping[str, tuple[float, float]], look: Mapping[str, S
 
 def best_of_figure(curves: Mapping[str, Mapping[int, Interval]], look: Mapping[str, Style], *, label: str) -> Any:
     """Mean over prompts of the best of n responses' reward, against n; bands where they are few enough to read."""
-    figure = new_figure(WIDTH, max(4.0, 1.1 + 0.17 * len(curves)))
+    figure = new_figure(WIDTH, max(4.0, 1.1 + 0.2 * len(curves)))
     axes = figure.subplots()
     dress(axes, title="Best of n", x="n, responses to choose from", y=f"reward of the best by {label}", grid="both")
     sizes = sorted({n for curve in curves.values() for n in curve})
@@ -113,16 +113,19 @@ def best_of_figure(curves: Mapping[str, Mapping[int, Interval]], look: Mapping[s
 def histogram_figure(
     scores: Mapping[str, Sequence[float]], look: Mapping[str, Style], *, label: str, bins: int = 24
 ) -> Any:
-    """The rewards of each policy's responses over those of the first policy, a panel each; lines at the means."""
+    """The rewards of each policy's responses over those of the first policy, a panel each; lines at the means.
+
+    Shares are of the policy's own responses, so that numbers of responses may differ.
+    """
     names = list(scores)
     clean = {name: _finite(scores[name]) for name in names}
     pooled = np.concatenate(list(clean.values()))
     edges = np.linspace(pooled.min(), pooled.max() if np.ptp(pooled) > 0 else pooled.min() + 1, bins + 1)
     shown = names[1:] or names
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     width = WIDTH if columns == 1 else WIDE
-    figure = new_figure(width, (3.4 if rows == 1 else 2.6 * rows) + 0.4)
+    figure = new_figure(width, 3.8 if rows == 1 else 2.8 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     short = shortened(names, 30)
     for place, axes in enumerate(panels.flat):
@@ -132,33 +135,37 @@ def histogram_figure(
         dress(axes)
         name = shown[place]
         if name != names[0]:
-            _histogram(axes, clean[names[0]], edges, look[names[0]].color, 0.35, short[names[0]], 0)
-        _histogram(axes, clean[name], edges, look[name].color, 0.55, short[name], int(name != names[0]))
+            _histogram(axes, clean[names[0]], edges, look[names[0]].color, 0.35, short[names[0]], 1)
+        _histogram(axes, clean[name], edges, look[name].color, 0.55, short[name], 0)
         if place % columns == 0:
             axes.set_ylabel("responses, %", fontsize=FONT_SIZE)
         if place + columns >= len(shown):
             axes.set_xlabel(f"reward by {label}", fontsize=FONT_SIZE, parse_math=False)
             axes.tick_params(labelbottom=True)
-    top = panels.flat[0].get_ylim()[1]
-    panels.flat[0].set_ylim(0, top * 1.22)  # room for the two lines that name the bars
     return figure
 
 
 def wins_figure(rows: Sequence[WinRow]) -> Any:
     """Shares of prompts won, tied and lost, a bar per comparison."""
-    figure = new_figure(WIDTH, 1.35 + 0.42 * max(2, len(rows)))
+    figure = new_figure(WIDTH, 1.5 + 0.4 * len(rows))
     axes = figure.subplots()
     against, judges = {row.against for row in rows}, {row.by for row in rows}
     dress(axes, x="share of prompts, %", grid="x")
     for place, row in enumerate(rows):
         total = row.win + row.tie + row.lose
         left = 0.0
-        for share, color, ink in ((row.win, WIN, "white"), (row.tie, TIE, INK), (row.lose, LOSE, "white")):
+        for share, color, text_color in ((row.win, WIN, "white"), (row.tie, TIE, INK), (row.lose, LOSE, "white")):
             percent = 100 * share / total
             axes.barh(place, percent, left=left, color=color, height=0.62)
             if percent >= 6:
                 axes.text(
-                    left + percent / 2, place, f"{percent:.0f}", ha="center", va="center", color=ink, fontsize=FONT_SIZE
+                    left + percent / 2,
+                    place,
+                    f"{percent:.0f}",
+                    ha="center",
+                    va="center",
+                    color=text_color,
+                    fontsize=FONT_SIZE,
                 )
             left += percent
     _name_rows(
@@ -173,7 +180,7 @@ def wins_figure(rows: Sequence[WinRow]) -> Any:
         f" against {shortened(list(against), 30)[rows[0].against]}" if len(against) == 1 else ""
     )
     axes.set_title(title, loc="left", fontsize=FONT_SIZE + 1, color=INK, parse_math=False, pad=22)
-    for x, text, color in ((0.0, "■ win", WIN), (0.13, "■ tie", "#8f8f8f"), (0.24, "■ lose", LOSE)):
+    for x, text, color in ((0.0, "■ win", WIN), (0.13, "■ tie", ink(TIE)), (0.24, "■ lose", LOSE)):
         axes.annotate(
             text,
             (x, 1.0),
@@ -213,10 +220,10 @@ def _histogram(
         f"{name}, mean {values.mean():.2f}",
         (0, 1),
         xycoords="axes fraction",
-        xytext=(4, -4 - 13 * line),
+        xytext=(0, 6 + 14 * line),
         textcoords="offset points",
-        va="top",
-        color=color,
+        va="bottom",
+        color=ink(color),
         fontsize=FONT_SIZE - 1,
         parse_math=False,
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rrhf_peft.evaluation.plots.canvas import FONT_SIZE
+from rrhf_peft.evaluation.plots.palette import ink
 
 
 def shortened(names: Sequence[str], width: int = 26) -> dict[str, str]:
@@ -74,7 +75,7 @@ def label_line_ends(figure: Any, axes: Any, ends: Sequence[LineEnd]) -> None:
             xycoords=right,
             xytext=(1.035, end.y),
             textcoords=right,
-            color=end.color,
+            color=ink(end.color),
             fontsize=FONT_SIZE - 1,
             va="center",
             annotation_clip=False,
@@ -105,7 +106,7 @@ def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, st
             (x, y),
             xytext=(0, 0),
             textcoords="offset points",
-            color=color,
+            color=ink(color),
             fontsize=FONT_SIZE - 1,
             parse_math=False,
             annotation_clip=False,
