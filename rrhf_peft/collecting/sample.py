@@ -55,13 +55,16 @@ class SampleOutcome:
     halvings: int
 
 
-def sample_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> SampleOutcome:
+def sample_recipe(
+    recipe: Recipe, *, overwrite: bool = False, console: Console | None = None, keep_all: bool = False
+) -> SampleOutcome:
     """Sample candidates as the recipe's `sampling:` says, or finish what an earlier run began.
 
     Args:
         recipe: With the section `sampling`, and `model` unless every entry names its own.
         overwrite: Replace the output and everything unfinished of it.
         console: Where progress goes; None keeps silent.
+        keep_all: Keep empty and repeated responses, which measure a policy and are nothing to train on.
 
     Raises:
         UserError: the output exists, the prompts or a policy cannot be read, or a backend is not installed.
@@ -92,7 +95,7 @@ def sample_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console |
             files.append(work.output)
             work.run(loader, console if processes.is_main else None, title)
         if processes.is_main and not output.exists():
-            _write_rows(output, prompts, stages, files, sampling)
+            _write_rows(output, prompts, stages, files, sampling, keep_all)
         processes.wait_for_all()
         if processes.is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -172,7 +175,12 @@ def _fingerprint(stage: Stage, prompts: Sequence[Prompt], sampling: SamplingSect
 
 
 def _write_rows(
-    output: Path, prompts: Sequence[Prompt], stages: Sequence[Stage], files: Sequence[Path], sampling: SamplingSection
+    output: Path,
+    prompts: Sequence[Prompt],
+    stages: Sequence[Stage],
+    files: Sequence[Path],
+    sampling: SamplingSection,
+    keep_all: bool,
 ) -> None:
     by_entry: dict[int, tuple[Stage, list[list[dict[str, Any]]]]] = {}
     for stage, path in zip(stages, files, strict=True):
@@ -187,6 +195,8 @@ def _write_rows(
             Sampled(entry, source_of(by_entry[place][0], entry), by_entry[place][0].name, by_entry[place][1][number])
             for place, entry in enumerate(sampling.candidates)
         ]
-        row = joined_row(prompt, sampled, keep_provided=sampling.keep_provided, as_trained=as_trained)
+        row = joined_row(
+            prompt, sampled, keep_provided=sampling.keep_provided, as_trained=as_trained, keep_all=keep_all
+        )
         lines_out.append(json.dumps(row, ensure_ascii=False) + "\n")
     replace_text(output, "".join(lines_out))

@@ -2,7 +2,8 @@
 
 A row is ``prompt, responses, sources, meta``. ``meta.candidates`` says for each response how it was made,
 with the same keys for all; ``meta.removed`` names what was left out and why; ``meta.prompt_index`` is the
-prompt's place. What else the input said about the prompt stands in `meta` as well.
+prompt's place. What else the input said about the prompt stands in `meta` as well. Who measures a policy,
+instead of training one, keeps empty texts and repeated ones too.
 
 Left to others: making the candidates (`collecting.sample`), scores.
 """
@@ -28,7 +29,12 @@ class Sampled:
 
 
 def joined_row(
-    prompt: Prompt, sampled: Sequence[Sampled], *, keep_provided: bool, as_trained: Callable[[str], str]
+    prompt: Prompt,
+    sampled: Sequence[Sampled],
+    *,
+    keep_provided: bool,
+    as_trained: Callable[[str], str],
+    keep_all: bool = False,
 ) -> dict[str, Any]:
     """The row of one prompt.
 
@@ -37,6 +43,7 @@ def joined_row(
         sampled: Of every entry, in the recipe's order.
         keep_provided: Whether those responses stay.
         as_trained: The template's response text; two responses equal after it are duplicates.
+        keep_all: Whether empty texts and duplicates stay.
     """
     responses: list[str] = []
     sources: list[str] = []
@@ -46,7 +53,7 @@ def joined_row(
 
     def add(text: str, source: str, detail: dict[str, Any]) -> None:
         key = as_trained(text)
-        if not text.strip() or key in seen:
+        if not keep_all and (not text.strip() or key in seen):
             removed.append({"source": source, "reason": "duplicate" if text.strip() else "empty"})
             return
         seen.add(key)

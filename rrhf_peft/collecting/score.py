@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from rrhf_peft.collecting.processes import Processes, launched_processes
-from rrhf_peft.collecting.score_finish import finished_rows
+from rrhf_peft.collecting.score_finish import LEAST_RESPONSES, finished_rows
 from rrhf_peft.collecting.score_input import Candidates, read_candidates
 from rrhf_peft.collecting.score_progress import group_progress
 from rrhf_peft.collecting.score_report import ScoreReport
@@ -54,7 +54,13 @@ class ScoreOutcome:
     sheet: Path | None = None
 
 
-def score_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> ScoreOutcome:
+def score_recipe(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    least_responses: int = LEAST_RESPONSES,
+) -> ScoreOutcome:
     """Score what a recipe's `scoring:` section describes; under a launcher every process calls it.
 
     Run again after a kill, it continues. The output has the columns prompt, responses, scores, sources,
@@ -64,6 +70,7 @@ def score_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | 
         recipe: checked recipe with a scoring section.
         overwrite: replace an existing output, and start again where one was begun.
         console: where progress goes; standard error by default.
+        least_responses: groups with fewer scored responses are failures; 1 where nothing is to be ranked.
 
     Raises:
         UserError: anything the user can mend. What was finished is kept.
@@ -71,11 +78,16 @@ def score_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | 
     assert recipe.scoring is not None, "load_recipe(needs=['scoring'])"
     section, console = recipe.scoring, console or Console(stderr=True)
     with launched_processes() as processes:
-        return _score(recipe, section, processes, console, overwrite)
+        return _score(recipe, section, processes, console, overwrite, least_responses)
 
 
 def _score(
-    recipe: Recipe, section: ScoringSection, processes: Processes, console: Console, overwrite: bool
+    recipe: Recipe,
+    section: ScoringSection,
+    processes: Processes,
+    console: Console,
+    overwrite: bool,
+    least_responses: int,
 ) -> ScoreOutcome:
     groups = read_candidates(section.input, format=section.format, split=section.split, max_groups=section.max_groups)
     if isinstance(section.scorer, HumanScorer) and not section.scorer.annotations:
@@ -100,7 +112,7 @@ def _score(
     if not processes.is_main:
         return ScoreOutcome(output=Path(section.output))
     agreement = {label: asdict(own) for label, scorer in scorers.items() if (own := getattr(scorer, "agreement", None))}
-    return _merge(shards, section, groups, agreement)
+    return _merge(shards, section, groups, agreement, least_responses)
 
 
 def _scorers(recipe: Recipe, groups: Sequence[Candidates]) -> dict[str, Scorer]:
@@ -137,7 +149,11 @@ def _score_units(
 
 
 def _merge(
-    shards: ShardedOutput, section: ScoringSection, groups: Sequence[Candidates], agreement: Mapping[str, Any]
+    shards: ShardedOutput,
+    section: ScoringSection,
+    groups: Sequence[Candidates],
+    agreement: Mapping[str, Any],
+    least_responses: int,
 ) -> ScoreOutcome:
     """The parts into the scored file, with its failures and its report beside it."""
     output = Path(section.output)
@@ -149,7 +165,7 @@ def _merge(
         for part in parts:
             counts.update(part.get("counts", {}))
         raw = [{label: _from_json(own) for label, own in part["scores"].items()} for part in parts if "scores" in part]
-        rows, failed, report = finished_rows(groups, raw, section.scorer, counts, agreement)
+        rows, failed, report = finished_rows(groups, raw, section.scorer, counts, agreement, least_responses)
         outcome.append(report)
         failures.unlink(missing_ok=True)
         if failed:
@@ -157,8 +173,9 @@ def _merge(
         replace_text(report_path, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
         if not rows:
             reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items()) or "groups of one"
+            wanted = "two scored responses" if least_responses == 2 else "a scored response"
             raise UserError(
-                f"{output}: not written, because no group has two scored responses ({reasons}). {failures} holds them "
+                f"{output}: not written, because no group has {wanted} ({reasons}). {failures} holds them "
                 "all. Mend the cause and pass --overwrite."
             )
         return rows
@@ -190,7 +207,7 @@ def _fingerprint(recipe: Recipe, groups: Sequence[Candidates]) -> str:
         "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
         "sheets": [hashlib.sha256(sheet.read_bytes()).hexdigest() for sheet in sheets if sheet.is_file()],
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings).encode())  # unsorted: of patterns the first that matches counts
     for group in groups:
         digest.update(json.dumps([group.prompt, group.responses, group.sources, group.raw_scores]).encode())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from rrhf_peft.collecting.score_scorers import GroupScores
 from rrhf_peft.recipe.scoring import CompositeScorer
 from rrhf_peft.scoring.combining import NORMALIZATIONS, least, reward_under_cost, weighted_sum
 
-#: Fewer scored responses than this compare nothing.
+#: Fewer scored responses than this compare nothing, and are nothing to train on.
 LEAST_RESPONSES = 2
 
 
@@ -25,6 +25,7 @@ def finished_rows(
     scorer: Any,
     counts: Mapping[str, int],
     agreement: Mapping[str, dict[str, Any]],
+    least_responses: int = LEAST_RESPONSES,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], ScoreReport]:
     """(scored rows, failure rows, report).
 
@@ -34,12 +35,13 @@ def finished_rows(
         scorer: the recipe's scorer section.
         counts: the scorers' totals.
         agreement: of annotators, by label.
+        least_responses: groups with fewer scored responses are not kept.
 
     Returns:
         Scored rows have the responses that every scorer scored. A group with an unscored response has a
         failure row: all of its responses, with the reasons; it can be read as candidates again.
     """
-    final = _combined(raw, scorer)
+    final = combined(raw, scorer)
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     kept: list[tuple[list[float], list[str]]] = []
@@ -49,7 +51,7 @@ def finished_rows(
         own_reasons = _reasons(own_raw)
         reasons += own_reasons.values()
         places = [place for place, score in enumerate(scores) if score is not None]
-        is_kept = len(places) >= LEAST_RESPONSES
+        is_kept = len(places) >= least_responses
         if is_kept:
             row = _scored_row(group, own_raw, scores, places)
             rows.append(row)
@@ -70,7 +72,13 @@ def finished_rows(
     return rows, failed, report
 
 
-def _combined(raw: Sequence[Mapping[str, GroupScores]], scorer: Any) -> list[list[float | None]]:
+def combined(raw: Sequence[Mapping[str, GroupScores]], scorer: Any) -> list[list[float | None]]:
+    """The final score of every response, None where a scorer has none; one list for each group.
+
+    Args:
+        raw: for each group, label -> what that scorer said; a scorer that stands alone has its name as label.
+        scorer: the recipe's scorer section.
+    """
     if not isinstance(scorer, CompositeScorer):
         return [own[scorer.name].scores for own in raw]
     parts = {

@@ -72,7 +72,14 @@ class PolicyScores:
 
     def score(self, groups: Sequence[Candidates]) -> list[list[float | None]]:
         """p_i of every response, in nats per token for a = 1; None for a response without text."""
-        scores: list[list[float | None]] = [[None] * len(group.responses) for group in groups]
+        return [
+            [None if own is None else own[0] / own[1] ** self.length_penalty for own in group]
+            for group in self.log_probs(groups)
+        ]
+
+    def log_probs(self, groups: Sequence[Candidates]) -> list[list[tuple[float, int] | None]]:
+        """(log-prob in nats, tokens) of every response, EOS included; None for a response without text."""
+        scores: list[list[tuple[float, int] | None]] = [[None] * len(group.responses) for group in groups]
         tokenized = self._tokenized(groups)
         lengths = [len(group.prompt_ids) + sum(map(len, group.response_ids)) for group in tokenized]
         values = self.budget.map(lengths, lambda batch: self._values([tokenized[place] for place in batch]))
@@ -120,10 +127,9 @@ class PolicyScores:
         return found
 
     @torch.no_grad()
-    def _values(self, groups: list[TokenizedGroup]) -> list[list[float]]:
+    def _values(self, groups: list[TokenizedGroup]) -> list[list[tuple[float, int]]]:
         log_probs = self.engine.log_probs(self.model, self._batch(groups))
-        means = (log_probs.sum.double() / log_probs.num_tokens.double() ** self.length_penalty).tolist()
-        values = iter(means)
+        values = iter(zip(log_probs.sum.double().tolist(), log_probs.num_tokens.tolist(), strict=True))
         return [[next(values) for _ in group.response_ids] for group in groups]
 
     def _batch(self, groups: list[TokenizedGroup]) -> Any:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rrhf_peft.records import TokenizedGroup, UserError
 from rrhf_peft.sampling import encode_prompts
+from rrhf_peft.scoring.batches import TokenBudget
 
 #: (prompt ids, response ids)
 _Pair = tuple[Sequence[int], Sequence[int]]
@@ -50,6 +51,47 @@ def perplexity(
         raise UserError("perplexity: every text is empty, so there is nothing to judge.")
     sums = _sums(model, pairs, batch_size)
     return math.exp(-math.fsum(sums) / sum(len(ids) for _, ids in pairs))
+
+
+#: Logits that the judge makes at a time, in numbers: 512 MiB of float32.
+_LOGITS_AT_ONCE = 2**27
+
+
+def text_log_probs(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    batch_tokens: int = 16384,
+) -> list[tuple[float, int]]:
+    """(log-prob in nats, tokens) of each text after its prompt, as `perplexity` sums them up; (0, 0) for an empty one.
+
+    What does not fit into the judge's context is cut: the prompt's beginning, then the text's end.
+
+    Args:
+        model: The judge: any causal LM.
+        tokenizer: Its tokenizer.
+        prompts: One for each text.
+        texts: Texts to judge.
+        batch_tokens: Padded tokens judged together; fewer where the judge's vocabulary is large.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    pairs: list[_Pair] = []
+    for prompt, ids in zip(encode_prompts(tokenizer, prompts), encoded, strict=True):
+        kept = ids if context is None else ids[: context - 1]
+        pairs.append((prompt if context is None else prompt[-(context - len(kept)) :], kept))
+    judged = [place for place, (_, ids) in enumerate(pairs) if ids]
+    found = [(0.0, 0)] * len(texts)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    budget = TokenBudget(max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary)))
+    lengths = [len(pairs[place][0]) + len(pairs[place][1]) for place in judged]
+    with torch.no_grad():
+        sums = budget.map(lengths, lambda batch: _batch_sums(model, [pairs[judged[place]] for place in batch]))
+    for place, total in zip(judged, sums, strict=True):
+        found[place] = (total, len(pairs[place][1]))
+    return found
 
 
 def mean_log_probs(model: Any, groups: Sequence[TokenizedGroup], *, batch_size: int = 32) -> list[list[float]]:
@@ -98,5 +140,5 @@ def _batch_sums(model: Any, pairs: Sequence[_Pair]) -> list[float]:
         counted[row, len(prompt) - 1 : length - 1] = 1  # the position before each response token predicts it
     rows, real, counted = rows.to(model.device), real.to(model.device), counted.to(model.device)
     logits = model(input_ids=rows, attention_mask=real, use_cache=False).logits[:, :-1].float()
-    chosen = torch.log_softmax(logits, dim=-1).gather(-1, rows[:, 1:, None]).squeeze(-1)
+    chosen = logits.gather(-1, rows[:, 1:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
     return (chosen * counted).sum(dim=-1, dtype=torch.float64).tolist()

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: Bounds the memory of the draws.
+_RESAMPLES_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -39,6 +42,27 @@ def mean_reward(
     """
     assert len(rewards) > 0, "no prompts"
     per_prompt = np.array([np.mean(own) for own in rewards], dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(per_prompt), size=(resamples, len(per_prompt)))
-    low, high = np.quantile(per_prompt[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(per_prompt.mean()), float(low), float(high))
+    weights = np.ones(len(per_prompt))
+    low, high = bootstrap_means(per_prompt, weights, confidence=confidence, resamples=resamples, seed=seed)
+    return Interval(float(per_prompt.mean()), low, high)
+
+
+def bootstrap_means(
+    totals: np.ndarray, weights: np.ndarray, *, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum(totals) / sum(weights), drawing the same units of both.
+
+    Args:
+        totals: [n], of each unit (prompt, group).
+        weights: [n], positive.
+        confidence: share of resamples inside.
+        resamples: how many.
+        seed: of the draws.
+    """
+    random, means = np.random.default_rng(seed), np.empty(resamples)
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        rows = min(_RESAMPLES_AT_ONCE, resamples - start)
+        draws = random.integers(len(totals), size=(rows, len(totals)))
+        means[start : start + rows] = totals[draws].sum(axis=1) / weights[draws].sum(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -18,3 +18,16 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 def mean_words(texts: Sequence[str]) -> float:
     """Mean number of words per text; 0 where there are no texts."""
     return sum(len(text.split()) for text in texts) / len(texts) if texts else 0.0
+
+
+def mean_repetition(texts: Sequence[str], n: int = 4) -> float:
+    """Share of n-grams of words that a text has said before, mean over texts: 1 - different / all, within each text.
+
+    seq-rep-n of Welleck et al., "Neural Text Generation with Unlikelihood Training"
+    (https://arxiv.org/abs/1908.04319), over words instead of tokens. A text of fewer than n words repeats nothing.
+    """
+    shares = []
+    for words in map(str.split, texts):
+        grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares) if shares else 0.0
