@@ -1,15 +1,19 @@
-"""Per-group arithmetic that the objectives share: normalisation, ordered pairs, the best response.
+"""Per-group arithmetic that the objectives share: normalisation, ordered pairs, lists, the best response.
 
 Pure functions of flat [N] tensors; `group` holds each response's group, ascending from 0 to G - 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from rrhf_peft.records import Mean, ResponseLogProbs
+
+#: Which ordered pairs of a group a pairwise objective learns from. Ties make no pair; of several responses that share
+#: the best (or worst) score each stands in turn, so that the order of the responses never matters.
+Pairs = Literal["all", "best_worst", "best_vs_rest"]
 
 
 def normalised(log_probs: ResponseLogProbs, length: torch.Tensor, length_penalty: float) -> torch.Tensor:
@@ -31,12 +35,32 @@ class OrderedPairs(NamedTuple):
     group: torch.Tensor
 
 
-def ordered_pairs(scores: torch.Tensor, group: torch.Tensor, min_score_gap: float = 0.0) -> OrderedPairs:
-    """All pairs of one group with r_worse < r_better and a gap above `min_score_gap`. Ties make no pair."""
+def ordered_pairs(
+    scores: torch.Tensor, group: torch.Tensor, min_score_gap: float = 0.0, pairs: Pairs = "all"
+) -> OrderedPairs:
+    """All pairs of one group with r_worse < r_better and a gap above `min_score_gap`. Ties make no pair.
+
+    Args:
+        scores: float [N], higher is better.
+        group: int64 [N].
+        min_score_gap: only pairs with r_better - r_worse above it.
+        pairs: all; best_vs_rest, only those whose better one has the group's highest score; best_worst, those of
+            them whose worse one has the lowest.
+    """
     gap = scores.unsqueeze(0) - scores.unsqueeze(1)  # gap[i, j] = r_j - r_i
-    same = group.unsqueeze(0) == group.unsqueeze(1)
-    worse, better = torch.nonzero(same & (gap > min_score_gap), as_tuple=True)
+    chosen = (group.unsqueeze(0) == group.unsqueeze(1)) & (gap > min_score_gap)
+    if pairs != "all":
+        groups = number_of_groups(group)
+        chosen &= (scores == _group_maximum(scores, group, groups)[group]).unsqueeze(0)
+        if pairs == "best_worst":
+            chosen &= (scores == -_group_maximum(-scores, group, groups)[group]).unsqueeze(1)
+    worse, better = torch.nonzero(chosen, as_tuple=True)
     return OrderedPairs(worse, better, group[worse])
+
+
+def ranked_below(scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """bool [N, N]: below[i, j] says that j is of i's group and scores less. Ties are below neither way."""
+    return (group.unsqueeze(0) == group.unsqueeze(1)) & (scores.unsqueeze(0) < scores.unsqueeze(1))
 
 
 def number_of_groups(group: torch.Tensor) -> int:
@@ -47,6 +71,12 @@ def number_of_groups(group: torch.Tensor) -> int:
 def sum_per_group(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
     """Sum values [M] by their group [M] into [G]; groups without a value get 0."""
     return values.new_zeros(groups).index_add(0, group, values)
+
+
+def mean_per_group(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
+    """Mean of values [M] by their group [M] into [G]; groups without a value get 0."""
+    count = sum_per_group(torch.ones_like(values), group, groups)
+    return sum_per_group(values, group, groups) / count.clamp(min=1)
 
 
 def best_weights(scores: torch.Tensor, group: torch.Tensor, tied_best: str = "first") -> torch.Tensor:
@@ -66,6 +96,18 @@ def best_weights(scores: torch.Tensor, group: torch.Tensor, tied_best: str = "fi
     first = torch.full((groups,), len(scores), device=scores.device)
     first = first.scatter_reduce(0, group, torch.where(is_best, position, len(scores)), "amin")
     return (position == first[group]).to(scores.dtype)
+
+
+def best_negative_log_prob(
+    log_probs: ResponseLogProbs,
+    scores: torch.Tensor,
+    sft_reduction: Literal["sum", "mean"],
+    tied_best: Literal["first", "mean"],
+) -> torch.Tensor:
+    """- sum_t log P(y_best,t | ...) of each group [G], or its mean over the tokens of y_best."""
+    values = normalised(log_probs, log_probs.num_tokens, 1.0) if sft_reduction == "mean" else log_probs.sum
+    weights = best_weights(scores, log_probs.group, tied_best).to(values.dtype)
+    return -sum_per_group(weights * values, log_probs.group, number_of_groups(log_probs.group))
 
 
 def ranking_metrics(p: torch.Tensor, scores: torch.Tensor, group: torch.Tensor, pairs: OrderedPairs) -> dict[str, Mean]:

@@ -10,13 +10,11 @@ from typing import Literal
 import torch
 
 from rrhf_peft.objectives.groups import (
-    best_weights,
+    best_negative_log_prob,
     mean_of,
     normalised,
-    number_of_groups,
     ordered_pairs,
     ranking_metrics,
-    sum_per_group,
 )
 from rrhf_peft.records import Metrics, ResponseLogProbs
 
@@ -42,12 +40,9 @@ def sft(
         The loss (scalar, differentiable) and the metrics; pair accuracy uses mean log-probs per token.
     """
     assert reference is None, "sft has no reference policy"
-    group, groups = log_probs.group, number_of_groups(log_probs.group)
     p = normalised(log_probs, log_probs.num_tokens, 1.0)
-    per_response = p if sft_reduction == "mean" else log_probs.sum
-    best = best_weights(scores, group, tied_best).to(per_response.dtype)
-    per_group = -sum_per_group(best * per_response, group, groups)  # Eq. 3, 4
+    per_group = best_negative_log_prob(log_probs, scores, sft_reduction, tied_best)  # Eq. 3, 4
     return per_group.mean(), {
         "sft_loss": mean_of(per_group),
-        **ranking_metrics(p.detach(), scores, group, ordered_pairs(scores, group)),
+        **ranking_metrics(p.detach(), scores, log_probs.group, ordered_pairs(scores, log_probs.group)),
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES
 from rrhf_peft.recipe.schema import MOVED_KEYS, Recipe
 
 Key = tuple[Any, ...]
@@ -159,7 +160,7 @@ def _is_union_branch(part: Any, place: int, location: Key) -> bool:
     if not isinstance(part, str):
         return False
     return (
-        (location[0] == "objective" and part in {"rrhf", "sft"} and part == location[1])
+        (location[0] == "objective" and part in OBJECTIVE_NAMES and part == location[1])
         or (location[0] == "scoring" and place > 0 and location[place - 1] == "scorer" and part != "name")
         or part in {"int", "float", "str", "bool", "dict", "list"}
         or part.startswith(("literal[", "list[", "constrained", "dict["))

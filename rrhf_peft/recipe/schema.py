@@ -20,7 +20,7 @@ from pydantic import Field, create_model, model_validator
 from transformers import TrainingArguments
 
 from rrhf_peft.recipe.evaluation import EvaluationSection
-from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective
+from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective, reference_contradictions
 from rrhf_peft.recipe.online import OnlineSection
 from rrhf_peft.recipe.rounds import RoundsSection, rounds_contradictions, with_round_paths
 from rrhf_peft.recipe.sampling import SamplingSection
@@ -171,7 +171,10 @@ MOVED_KEYS = {
     "training.activation_checkpointing": "set engine.gradient_checkpointing instead",
     "training.resume_from_checkpoint": "pass --resume on the command line instead",
     "training.remove_unused_columns": "the data columns are fixed; remove the key",
-    "training.label_smoothing_factor": "ranking objectives do not smooth labels; remove the key",
+    "training.label_smoothing_factor": "set objective.label_smoothing where the objective has it, or remove the key",
+    "objective.simpo_gamma": "set objective.gamma instead",
+    "objective.cpo_alpha": "set objective.sft_weight instead",
+    "objective.loss_type": "set objective.name instead",
     "training.max_length": "set data.max_tokens instead",
     "data.max_length": "set data.max_tokens instead",
     "data.max_prompt_length": "set data.max_prompt_tokens instead",
@@ -263,6 +266,12 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
             yield "objective.sft_reduction", "variant released always takes the mean over the padded length; remove it"
         if objective.rank_weight == 0 and objective.sft_weight == 0:
             yield "objective.rank_weight", "rank_weight and sft_weight are both 0: nothing would be trained"
+    yield from reference_contradictions(
+        objective,
+        init_lora_weights=getattr(recipe.adapter, "init_lora_weights", None),
+        adapter=recipe.adapter is not None or bool(recipe.model and recipe.model.init_adapter),
+        online=recipe.online is not None,
+    )
 
 
 def _model_contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:

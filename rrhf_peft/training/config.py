@@ -20,6 +20,8 @@ class RRHFConfig(TrainingArguments):
     Attributes:
         objective: name in `rrhf_peft.objectives.OBJECTIVES`.
         objective_options: that objective's keyword arguments (`variant`, `rank_weight` ...).
+        reference: where reference log-probs come from: adapter_off, cached, auto (adapter_off for a new adapter, else
+            cached) or none. Unset: auto for objectives that need a reference, none for the others.
         layout: shared, plain, or auto (shared, proved on the first batch).
         chunk_tokens: tokens per chunk of a micro-batch; bounds peak memory, not the result.
         template: how prompts become text, for data that is not tokenised yet.
@@ -36,6 +38,7 @@ class RRHFConfig(TrainingArguments):
 
     objective: str = field(default="rrhf")
     objective_options: dict[str, Any] = field(default_factory=dict)
+    reference: Literal["none", "auto", "adapter_off", "cached"] | None = field(default=None)
     layout: Literal["auto", "shared", "plain"] = field(default="auto")
     chunk_tokens: int | Literal["auto"] = field(default="auto")
     template: Literal["raw", "hh", "alpaca", "chat"] = field(default="raw")

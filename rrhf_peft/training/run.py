@@ -150,7 +150,7 @@ def training_config(recipe: Recipe) -> RRHFConfig:
         UserError: a value that transformers refuses.
     """
     fields: dict[str, Any] = recipe.training.model_dump(exclude_none=True)  # type: ignore[attr-defined]
-    options = recipe.objective.model_dump(exclude={"name"})
+    options = recipe.objective.model_dump(exclude={"name", "reference"})
     wanted = fields.get("report_to") or []
     for name in [wanted] if isinstance(wanted, str) else wanted:
         if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
@@ -160,6 +160,7 @@ def training_config(recipe: Recipe) -> RRHFConfig:
             **fields,
             objective=recipe.objective.name,
             objective_options=options,
+            reference=getattr(recipe.objective, "reference", None),
             layout=recipe.engine.layout,
             chunk_tokens=recipe.engine.chunk_tokens,
         )

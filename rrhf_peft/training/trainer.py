@@ -29,9 +29,16 @@ from rrhf_peft.logprobs import Proof, install, prove
 from rrhf_peft.modeling import load_base_model, load_tokenizer, prepare_for_training
 from rrhf_peft.objectives import NEEDS_PAIRS, OBJECTIVES
 from rrhf_peft.records import GroupBatch, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
-from rrhf_peft.training.callbacks import GradientCheck
+from rrhf_peft.training.callbacks import GradientCheck, TrainingProgress
 from rrhf_peft.training.config import RRHFConfig
 from rrhf_peft.training.metrics import MetricSums, source_metrics
+from rrhf_peft.training.reference import (
+    FILE,
+    ReferenceCache,
+    adapter_off_log_probs,
+    evaluating,
+    resolve_reference,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +85,11 @@ class RRHFTrainer(Trainer):
         self.objective_options = dict(args.objective_options)
         train = _tokenised(train_dataset, processing_class, args) if train_dataset is not None else None
         held_out = _tokenised(eval_dataset, processing_class, args) if eval_dataset is not None else None
+        self.reference = resolve_reference(args.objective, args.reference, model)
+        splits = {"train": train, "eval": held_out}
+        self.reference_cache = ReferenceCache(
+            {name: groups for name, groups in splits.items() if groups is not None and self.reference == "cached"}
+        )
         self.source_names = source_names([*(train or ()), *(held_out or ())])
         self.engine = install(model, layout=args.layout, chunk_tokens=args.chunk_tokens)
         self.proof: Proof | None = None
@@ -111,8 +123,9 @@ class RRHFTrainer(Trainer):
         """
         if self.proof is None:
             self._prove_engine(model, inputs)
+        reference = self.reference_log_probs(model, inputs)  # first: no graph of the policy's fills the memory yet
         log_probs = self.engine.log_probs(model, inputs)
-        loss, metrics = self.objective(log_probs, inputs["scores"], **self.objective_options)
+        loss, metrics = self.objective(log_probs, inputs["scores"], reference=reference, **self.objective_options)
         self._require_finite(log_probs, loss, inputs)
         metrics = {**metrics, **source_metrics(log_probs, inputs["source"], self.source_names)}
         self._sums["train" if model.training else "eval"].add(metrics)
@@ -132,6 +145,40 @@ class RRHFTrainer(Trainer):
                 self.proof.layout,
                 " with the model's own logits" if self.proof.own_logits else "",
             )
+
+    def reference_log_probs(self, model: nn.Module, inputs: Any) -> ResponseLogProbs | None:
+        """The reference policy's log-probs of a batch, or None for an objective without one; collective."""
+        if self.reference is None:
+            return None
+        if self.reference == "adapter_off":
+            return adapter_off_log_probs(self.engine, model, inputs)
+        if not self.reference_cache.is_filled:
+            self._fill_reference_cache(model)
+        return self.reference_cache.look_up("train" if model.training else "eval", inputs)
+
+    def _fill_reference_cache(self, model: nn.Module) -> None:
+        """Once, before the first step: from the starting policy, or from the run folder when it is resumed."""
+        path = Path(str(self.args.output_dir)) / FILE
+        if self.state.global_step > 0:
+            self.reference_cache.read(path)
+            return
+
+        def log_probs(batch: Any) -> ResponseLogProbs:
+            with evaluating(model):
+                return self.engine.log_probs(model, self._prepare_inputs(batch))
+
+        collate = GroupCollator(self.source_names)
+        self.reference_cache.compute(log_probs, collate, self.args.eval_batch_size, self.accelerator, self._say)
+        if self.args.should_save:
+            self.reference_cache.write(path)
+        self.accelerator.wait_for_everyone()
+        self._last_log = (time.perf_counter(), self.engine.tokens.seen)  # the pass is no part of the step's rate
+
+    def _say(self, line: str) -> None:
+        """Tell the user, above the progress bar where there is one."""
+        displays = [item for item in self.callback_handler.callbacks if isinstance(item, TrainingProgress)]
+        if self.is_world_process_zero():
+            displays[0].console.print(line, highlight=False) if displays else logger.info(line)
 
     def _lost_anything(self) -> bool:
         """Whether any process has seen a loss other than 0, which has no gradient; collective."""

@@ -92,7 +92,7 @@ def test_gradient_of_the_rank_loss_is_an_integer_per_response():
     assert gradient.tolist() == violations
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", ["rrhf", "sft"])
 def test_order_of_responses_does_not_matter(name):
     log_probs, scores = random_log_probs(8, [7], levels=100)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
