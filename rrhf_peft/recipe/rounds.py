@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.sampling import SamplingSection
 from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, ScoringSection
 from rrhf_peft.recipe.section import Section
@@ -79,6 +78,11 @@ def with_round_paths(values: dict[str, Any]) -> dict[str, Any]:
         policies = filled["evaluation"].get("policies")
         if policies not in (None, {"base": {}}, {"base": {"model": None, "adapter": None}}):
             raise ValueError("evaluation.policies: is set by rounds (base, round-1 ...); remove it")
+        if filled["evaluation"].get("wins") is not None:
+            raise ValueError(
+                "evaluation.wins: compares policies of one evaluation, and each round has its own; remove it, and "
+                "compare the run folders with `rrhf-peft evaluate` afterwards"
+            )
         filled["evaluation"]["policies"] = {"base": {}}
     return filled
 
@@ -89,7 +93,7 @@ def is_current_policy(entry: Any) -> bool:
 
 
 def rounds_contradictions(
-    sampling: SamplingSection | None, scoring: ScoringSection | None, evaluation: EvaluationSection | None
+    sampling: SamplingSection | None, scoring: ScoringSection | None
 ) -> Iterator[tuple[str, str]]:
     """Yield (key, what is wrong and how to mend it) for settings that cannot go together with `rounds`."""
     if sampling is not None and not any(map(is_current_policy, sampling.candidates)):
@@ -104,10 +108,4 @@ def rounds_contradictions(
         yield (
             "scoring.scorer",
             "people rank one file of candidates, and every round makes another; run sample, score and train one by one",
-        )
-    if evaluation is not None and evaluation.wins is not None:
-        yield (
-            "evaluation.wins",
-            "compares policies of one evaluation, and each round has its own; remove it, and compare the run folders "
-            "with `rrhf-peft evaluate` afterwards",
         )

@@ -249,7 +249,7 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
     if recipe.data is not None:
         yield from _data_contradictions(recipe.data)
     if recipe.rounds is not None:
-        yield from rounds_contradictions(recipe.sampling, recipe.scoring, recipe.evaluation)
+        yield from rounds_contradictions(recipe.sampling, recipe.scoring)
     training: Any = recipe.training
     if training is not None:
         if not training.output_dir:

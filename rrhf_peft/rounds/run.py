@@ -19,6 +19,8 @@ from rich.console import Console
 from rrhf_peft.collecting.processes import Processes, launched_processes
 from rrhf_peft.collecting.sample import sample_recipe
 from rrhf_peft.collecting.score import score_recipe
+from rrhf_peft.evaluation.folder import TABLE
+from rrhf_peft.evaluation.run import evaluate_recipe
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.rounds.folder import RoundFolder, open_rounds
 from rrhf_peft.rounds.prompts import write_slice
@@ -133,7 +135,7 @@ class _Rounds:
         self._unless_written(output, "parts", lambda: score_recipe(recipe, console=self.console))
 
     def _unless_written(self, output: Path, leftovers: str, work: Callable[[], object]) -> None:
-        """Sampling and scoring write their output last and as a whole; a kill can leave their parts beside it."""
+        """A stage writes its output last and as a whole; a kill can leave the parts that it was made of beside it."""
         is_written = output.exists()
         self.processes.wait_for_all()
         if not is_written:
@@ -145,9 +147,10 @@ class _Rounds:
         train_recipe(self.stages.training(number), resume=self.is_begun, console=self.console)
 
     def _evaluate(self, number: int) -> None:
-        from rrhf_peft.evaluation.run import evaluate_recipe
-
-        evaluate_recipe(self.stages.evaluation(number), console=self.console)
+        recipe = self.stages.evaluation(number)
+        assert recipe.evaluation is not None
+        output = Path(recipe.evaluation.output) / TABLE
+        self._unless_written(output, "parts", lambda: evaluate_recipe(recipe, console=self.console))
 
     def _tables(self, number: int) -> list[Row]:
         """Write the tables of all rounds so far, and show them if this round is new."""

@@ -129,7 +129,7 @@ def _evaluated(path: Path, policy: str) -> dict[str, float | None]:
         "low": reward.get("low"),
         "high": reward.get("high"),
         "perplexity": own.get("perplexity"),
-        "pair_accuracy": (own.get("preference") or {}).get("pair_accuracy"),
+        "pair_accuracy": ((own.get("preference") or {}).get("pair_accuracy") or {}).get("mean"),
     }
 
 
