@@ -61,13 +61,13 @@ def kto(
     ratios = log_ratios(log_probs, reference)
     group, groups = log_probs.group, number_of_groups(log_probs.group)
     desirable, undesirable = _labels(scores, group, groups, threshold)
+    counted = desirable | undesirable
     z0 = _reference_point(ratios.detach(), group, groups, reference_point)  # [G]
 
     distance = beta * (ratios - z0[group])
-    sign = desirable.to(distance.dtype) - undesirable.to(distance.dtype)
-    weight = desirable_weight * desirable + undesirable_weight * undesirable
-    losses = weight.to(distance.dtype) * (1 - torch.sigmoid(sign * distance))  # Eq. 7
-    counted = desirable | undesirable
+    good, bad = desirable.to(distance.dtype), undesirable.to(distance.dtype)
+    weight = desirable_weight * good + undesirable_weight * bad
+    losses = weight * (1 - torch.sigmoid((good - bad) * distance))  # Eq. 7
     rank = mean_per_group(losses[counted], group[counted], groups)
     pairs = ordered_pairs(scores, group)
     return rank.mean(), {

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 import torch
+from objectives.random_groups import random_log_probs
 from oracles.losses import rrhf_group
 
 from rrhf_peft.objectives import OBJECTIVES, rrhf, sft
 from rrhf_peft.records import ResponseLogProbs
-
-
-def random_log_probs(seed: int, sizes: list[int], levels: int = 3) -> tuple[ResponseLogProbs, torch.Tensor]:
-    """Ragged groups with few distinct scores, so that ties are common."""
-    draw = random.Random(seed)
-    lengths = [draw.randint(1, 40) for _ in range(sum(sizes))]
-    group = [index for index, k in enumerate(sizes) for _ in range(k)]
-    padded = [max(lengths[i] for i in range(len(group)) if group[i] == g) + draw.randint(1, 9) for g in group]
-    padded = [next(padded[i] for i in range(len(group)) if group[i] == g) for g in group]
-    sums = torch.tensor([-draw.uniform(0.1, 4) * n for n in lengths], dtype=torch.float64, requires_grad=True)
-    scores = torch.tensor([float(draw.randrange(levels)) for _ in lengths], dtype=torch.float64)
-    return ResponseLogProbs(sums, torch.tensor(lengths), torch.tensor(padded), torch.tensor(group)), scores
 
 
 def oracle(log_probs: ResponseLogProbs, scores: torch.Tensor, **options) -> tuple[float, float, float]:
