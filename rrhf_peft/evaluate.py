@@ -36,13 +36,13 @@ def evaluate(
 
     [bold]Examples[/bold]
 
-      rrhf-peft evaluate recipes/evaluation/rule.yaml
-      rrhf-peft evaluate recipes/evaluation/rule.yaml evaluation.max_prompts=100
+      rrhf-peft evaluate recipes/compare/evaluate.yaml
+      rrhf-peft evaluate recipes/compare/evaluate.yaml evaluation.max_prompts=100
 
     On several GPUs, with the same options:
 
       accelerate launch --config_file recipes/accelerate/ddp.yaml
-          -m rrhf_peft.evaluate recipes/evaluation/rule.yaml
+          -m rrhf_peft.evaluate recipes/compare/evaluate.yaml
 
     The folder evaluation.output gets evaluation.json, table.md, plots and every
     response with its rewards. An evaluation that was killed continues when the

@@ -6,11 +6,12 @@ Left to others: making the numbers (`evaluation.figures`), their tables (`evalua
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions
 
 from rrhf_peft.evaluation.folder import EVALUATION
 from rrhf_peft.evaluation.table import markdown_table, terminal_tables
@@ -37,8 +38,8 @@ class Evaluation:
         """The table in the paper's form, one row for each policy."""
         return markdown_table(self.figures)
 
-    def __rich__(self) -> Group:
-        return Group(*terminal_tables(self.figures))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield from terminal_tables(self.figures, options.max_width)
 
 
 def finished_evaluation(folder: str | Path) -> Evaluation:

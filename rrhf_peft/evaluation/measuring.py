@@ -14,15 +14,16 @@ from rich.console import Console
 
 from rrhf_peft.collecting.processes import Processes
 from rrhf_peft.collecting.score_input import Candidates
-from rrhf_peft.collecting.score_policy import PolicyScores, load_policy
+from rrhf_peft.collecting.score_policy import PolicyScores
 from rrhf_peft.data import TEMPLATES
 from rrhf_peft.evaluation.folder import OutputFolder
 from rrhf_peft.evaluation.judge_wins import PairJudge
 from rrhf_peft.evaluation.likelihood import text_log_probs
-from rrhf_peft.evaluation.plan import Plan
+from rrhf_peft.evaluation.plan import Plan, tokenizer_of
 from rrhf_peft.evaluation.sharding import rows_of_all
-from rrhf_peft.modeling import load_base_model, load_tokenizer
-from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer
+from rrhf_peft.modeling import attach_adapter, load_base_model
+from rrhf_peft.recipe import ModelSection
+from rrhf_peft.recipe.scoring import JudgeScorer
 from rrhf_peft.scoring.transcript import transcript
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ def policy_log_probs(plan: Plan, folder: OutputFolder, name: str, processes: Pro
 
     def begin(groups: Sequence[Candidates]) -> Callable[[Sequence[Candidates]], list[Row]]:
         if not loaded:
-            loaded.append(load_policy(_policy_scorer(plan, name), plan.recipe))
+            loaded.append(_policy(plan, name))
         loaded[0].prove(groups)
 
         def work(items: Sequence[Candidates]) -> list[Row]:
@@ -136,13 +137,15 @@ def _recorded(folder: OutputFolder, stage: str, name: str) -> Any:
     return folder.recorded()[folder.file(stage, name).relative_to(folder.path).as_posix()]
 
 
-def _policy_scorer(plan: Plan, name: str) -> PolicyScorer:
-    section, policy = plan.section, plan.section.policies[name]
-    own = plan.recipe.model
-    return PolicyScorer(
-        name="policy",
-        model=None if own is not None and policy.model == own.name and policy.adapter else policy.model,
-        adapter=policy.adapter,
+def _policy(plan: Plan, name: str) -> PolicyScores:
+    section, stage = plan.section, plan.policies[name]
+    assert stage.model is not None
+    model, tokenizer = _loaded(stage.model)
+    if stage.adapter is not None:
+        model = attach_adapter(model, None, init_adapter=stage.adapter)
+    return PolicyScores(
+        model.eval().requires_grad_(False),
+        tokenizer,
         template=section.template,
         max_prompt_tokens=section.max_prompt_tokens,
         max_tokens=section.max_tokens,
@@ -151,17 +154,18 @@ def _policy_scorer(plan: Plan, name: str) -> PolicyScorer:
 
 
 def _judge_model(plan: Plan) -> tuple[Any, Any]:
-    judge, own = plan.section.perplexity, plan.recipe.model
+    judge = plan.section.perplexity
     assert judge is not None
     if judge.model is not None:
-        return load_base_model(judge.model, dtype=judge.dtype).eval(), load_tokenizer(judge.model)
-    fields = ("revision", "quantization", "double_quant", "attention", "trust_remote_code")
-    settings = {field: getattr(own, field) for field in fields}
-    dtype = own.dtype if judge.dtype == "auto" else judge.dtype
-    model = load_base_model(own.name, dtype=dtype, **settings)
-    tokenizer = load_tokenizer(
-        own.tokenizer or own.name,
-        revision=None if own.tokenizer else own.revision,
-        trust_remote_code=own.trust_remote_code,
-    )
+        model, tokenizer = _loaded(ModelSection(name=judge.model, dtype=judge.dtype))
+    else:
+        own = plan.recipe.model
+        model, tokenizer = _loaded(own if judge.dtype == "auto" else own.model_copy(update={"dtype": judge.dtype}))
     return model.eval(), tokenizer
+
+
+def _loaded(section: ModelSection) -> tuple[Any, Any]:
+    """Base model and tokenizer, as sampling loads them."""
+    fields = ("revision", "dtype", "quantization", "double_quant", "attention", "trust_remote_code")
+    model = load_base_model(section.name, **{field: getattr(section, field) for field in fields})
+    return model, tokenizer_of(section)

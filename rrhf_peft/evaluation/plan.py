@@ -20,13 +20,14 @@ from transformers import AutoConfig
 from rrhf_peft.collecting.sample_policies import Stage, check_adapters, make_stages
 from rrhf_peft.collecting.sample_prompts import Prompt, read_prompts
 from rrhf_peft.collecting.score_input import Candidates
-from rrhf_peft.data import read_groups
+from rrhf_peft.data import TEMPLATES, read_groups
 from rrhf_peft.evaluation.folder import EVALUATION, OutputFolder
-from rrhf_peft.modeling import resolve_source
+from rrhf_peft.modeling import load_tokenizer, resolve_source
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, make_recipe
 from rrhf_peft.recipe.evaluation import PolicySection
 from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
 from rrhf_peft.records import RankedGroup, UserError
+from rrhf_peft.sampling import encode_prompts
 from rrhf_peft.scoring.rule import load_rule
 
 
@@ -67,8 +68,7 @@ def make_plan(recipe: Recipe) -> Plan:
             raise UserError("evaluation.perplexity.model: name the judge; the recipe has no section model to take.")
         if section.perplexity.model is not None:
             resolve_source(section.perplexity.model, what="judge model (evaluation.perplexity.model)")
-    if section.references is not None or section.pairs is not None:
-        _check_context(section, policies)
+    _check_context(section, prompts, policies)
     return Plan(recipe, section, prompts, policies, _references(section), _pairs(section))
 
 
@@ -199,18 +199,48 @@ def _check_scorers(recipe: Recipe, section: EvaluationSection) -> None:
             raise UserError(f"{where}: {error}") from None
 
 
-def _check_context(section: EvaluationSection, policies: dict[str, Stage]) -> None:
+def _check_context(section: EvaluationSection, prompts: Sequence[Prompt], policies: dict[str, Stage]) -> None:
+    """Prompt and response must fit into what every policy can read."""
+    longest: dict[str, int] = {}  # models with different adapters are looked at once
     for name, stage in policies.items():
+        assert stage.model is not None
         context = _context(stage.model)
-        if context is not None and section.max_tokens > context:
+        if context is None:
+            continue
+        if (section.references is not None or section.pairs is not None) and section.max_tokens > context:
             raise UserError(
                 f"evaluation.max_tokens: {section.max_tokens} is more than the policy {name} can read ({context} "
                 f"tokens). Set it to {context} or less."
             )
+        key = stage.model.model_dump_json()
+        if key not in longest:
+            longest[key] = _longest_prompt(section, prompts, stage.model)
+        room = context - section.decoding.max_new_tokens
+        if longest[key] > room:
+            raise UserError(
+                f"evaluation.prompts: the longest prompt has {longest[key]} tokens, and with "
+                f"{section.decoding.max_new_tokens} new ones the policy {name} cannot read it (context of {context}). "
+                f"Set evaluation.max_prompt_tokens to {max(room, 2)} or less, or lower decoding.max_new_tokens."
+            )
 
 
-def _context(model: ModelSection | None) -> int | None:
-    assert model is not None
+def _longest_prompt(section: EvaluationSection, prompts: Sequence[Prompt], model: ModelSection) -> int:
+    tokenizer, form = tokenizer_of(model), TEMPLATES[section.template]
+    texts = [form.prompt(item.prompt, tokenizer) for item in prompts]
+    add_bos = not form.writes_bos
+    return max(map(len, encode_prompts(tokenizer, texts, add_bos=add_bos, max_tokens=section.max_prompt_tokens)))
+
+
+def tokenizer_of(model: ModelSection) -> Any:
+    """The tokenizer of a policy or a judge."""
+    return load_tokenizer(
+        model.tokenizer or model.name,
+        revision=model.revision if model.tokenizer is None else None,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _context(model: ModelSection) -> int | None:
     config = AutoConfig.from_pretrained(
         resolve_source(model.name, revision=model.revision),
         revision=model.revision,

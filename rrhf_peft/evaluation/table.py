@@ -11,7 +11,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+#: Title, and policy -> what stands there.
 Column = tuple[str, Callable[[str], str | None]]
+#: Characters between two columns.
+_GAP = 3
 
 
 def markdown_table(figures: Mapping[str, Any]) -> str:
@@ -24,19 +27,39 @@ def markdown_table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", _note(figures), ""])
 
 
-def terminal_tables(figures: Mapping[str, Any]) -> list[Any]:
-    """The columns in two tables that fit a terminal, and the note."""
+def terminal_tables(figures: Mapping[str, Any], width: int) -> list[Any]:
+    """The columns in as many tables as fit `width` characters, and the note."""
     tables: list[Any] = []
-    for columns in _columns(figures):
+    names = list(figures["policies"])
+    longest = min(max(map(len, names)), width // 3)
+    for columns in (own for part in _columns(figures) for own in _fitting(part, names, width - longest - _GAP)):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        table.add_column("policy", overflow="fold")
-        for title, _ in columns:
-            table.add_column(title, justify="right")
-        for name in figures["policies"]:
+        table.add_column("policy", overflow="fold", min_width=longest)
+        for column in columns:
+            table.add_column(column[0], justify="right", min_width=_width(column, names))
+        for name in names:
             table.add_row(name, *(value(name) or "" for _, value in columns))
-        if columns:
-            tables.append(table)
+        tables.append(table)
     return [*tables, _note(figures)]
+
+
+def _fitting(columns: Sequence[Column], names: Sequence[str], room: int) -> list[list[Column]]:
+    """The columns in turn, as many side by side as there is room for; a title may break between words."""
+    parts: list[list[Column]] = []
+    left = 0
+    for column in columns:
+        need = _width(column, names) + _GAP
+        if not parts or need > left:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= need
+    return parts
+
+
+def _width(column: Column, names: Sequence[str]) -> int:
+    title, value = column
+    return max([*map(len, title.split()), *(len(value(name) or "") for name in names)])
 
 
 def _columns(figures: Mapping[str, Any]) -> list[list[Column]]:
