@@ -1,7 +1,7 @@
 """The `rrhf-peft` command: one thin function per verb.
 
 Heavy imports stand inside the verbs, so that help comes at once. Left to others: what a verb does
-(the package it names), `sample`, `score`, `train` and `evaluate` (modules of these names), `rounds`
+(the package it names), `sample`, `score`, `train`, `evaluate` and `report` (modules of these names), `rounds`
 (`rrhf_peft.rounds.command`), `convert` and `inspect` (`rrhf_peft.data_verbs`), errors and exit codes
 (`rrhf_peft.console`).
 """
@@ -19,6 +19,7 @@ from rrhf_peft import __version__
 from rrhf_peft.console import AsJson, plain_errors, print_json
 from rrhf_peft.data_verbs import convert, inspect
 from rrhf_peft.evaluate import evaluate
+from rrhf_peft.report import report
 from rrhf_peft.rounds.command import rounds
 from rrhf_peft.sample import sample
 from rrhf_peft.score import score
@@ -113,6 +114,7 @@ def plan(
 app.command()(train)
 app.command()(evaluate)
 app.command()(rounds)
+app.command()(report)
 
 
 @app.command()

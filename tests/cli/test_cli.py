@@ -16,7 +16,20 @@ from transformers import AutoModelForCausalLM
 from rrhf_peft import __version__
 from rrhf_peft.cli import app
 
-VERBS = ["demo", "convert", "sample", "score", "inspect", "plan", "train", "evaluate", "rounds", "merge", "schema"]
+VERBS = [
+    "demo",
+    "convert",
+    "sample",
+    "score",
+    "inspect",
+    "plan",
+    "train",
+    "evaluate",
+    "rounds",
+    "report",
+    "merge",
+    "schema",
+]
 
 
 def test_the_verbs_are_those_that_work(rrhf: Run) -> None:

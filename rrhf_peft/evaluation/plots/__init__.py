@@ -11,7 +11,7 @@ from rrhf_peft.evaluation.plots.figures import (
     reward_figure,
     wins_figure,
 )
-from rrhf_peft.evaluation.plots.folder import EvaluationFolder, WinRow, read_evaluation
+from rrhf_peft.evaluation.plots.folder import EvaluationFolder, WinRow, joined, read_evaluation
 from rrhf_peft.evaluation.plots.palette import Style, styles
 from rrhf_peft.evaluation.plots.writing import Plot, evaluation_plots, write_plots
 
@@ -24,6 +24,7 @@ __all__ = [
     "evaluation_plots",
     "figure_bytes",
     "histogram_figure",
+    "joined",
     "plane_figure",
     "read_evaluation",
     "reward_figure",

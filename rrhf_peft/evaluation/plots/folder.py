@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,17 +102,17 @@ class _File(_Read):
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """One evaluation.
+    """One evaluation, or several joined into one.
 
     Attributes:
-        path: The folder.
+        homes: Policy -> the folder that holds its files.
         settings: The recipe's section, as saved.
         headline: Label of the scorer that comes first; None where nothing was scored.
         policies: Name -> numbers, in the order of the recipe.
         wins: Comparisons, those without a single prompt left out.
     """
 
-    path: Path
+    homes: dict[str, Path]
     settings: dict[str, Any]
     headline: str | None
     policies: dict[str, PolicyNumbers]
@@ -142,7 +142,7 @@ class EvaluationFolder:
         Raises:
             UserError: a line is not a scored row.
         """
-        path = self.path / "scored" / f"{policy}.{label}.jsonl"
+        path = self.homes[policy] / "scored" / f"{policy}.{label}.jsonl"
         return list(_scored(path)) if path.is_file() else None
 
     def response_scores(self, label: str) -> dict[str, list[float]]:
@@ -176,7 +176,20 @@ def read_evaluation(path: Path) -> EvaluationFolder:
     except ValueError as error:
         raise UserError(f"{file}: this is not JSON ({error}). Evaluate again.") from None
     wins = [row for row in saved.wins if row.win + row.tie + row.lose > 0]
-    return EvaluationFolder(path, saved.settings, saved.headline, saved.policies, wins)
+    homes = dict.fromkeys(saved.policies, path)
+    return EvaluationFolder(homes, saved.settings, saved.headline, saved.policies, wins)
+
+
+def joined(evaluations: Sequence[EvaluationFolder]) -> EvaluationFolder:
+    """Evaluations of different policies on the same prompts as one; settings and headline are the first's."""
+    first = evaluations[0]
+    return EvaluationFolder(
+        homes={name: home for one in evaluations for name, home in one.homes.items()},
+        settings=first.settings,
+        headline=first.headline,
+        policies={name: own for one in evaluations for name, own in one.policies.items()},
+        wins=[row for one in evaluations for row in one.wins],
+    )
 
 
 def _scored(path: Path) -> Iterator[dict[str, Any]]:
