@@ -22,6 +22,7 @@ from rrhf_peft.collecting.sample_prompts import Prompt
 from rrhf_peft.data import TEMPLATES
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection
+from rrhf_peft.recipe.online import OnlineSection
 from rrhf_peft.records import UserError
 from rrhf_peft.sampling import Candidate, Decoding, TokenBudget, encode_prompts, respond
 from rrhf_peft.sampling.endpoint import EndpointPolicy
@@ -94,7 +95,7 @@ def source_of(stage: Stage, entry: CandidatesSection) -> str:
     return entry.source or f"{entry.strategy}:{stage.name}"
 
 
-def decoding_of(entry: CandidatesSection, sampling: SamplingSection) -> Decoding:
+def decoding_of(entry: CandidatesSection, sampling: SamplingSection | OnlineSection) -> Decoding:
     """An entry's settings as `rrhf_peft.sampling` takes them."""
     return Decoding(
         strategy=entry.strategy,

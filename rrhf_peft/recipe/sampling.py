@@ -133,15 +133,19 @@ def _contradictions(sampling: SamplingSection) -> Iterator[tuple[str, str]]:
     if not sampling.candidates and not sampling.keep_provided:
         yield "candidates", "is empty and keep_provided is false, so there is nothing to write; change one of the two"
     for place, entry in enumerate(sampling.candidates):
-        at = f"candidates.{place}"
-        for name in sorted(_changed(entry) & (_STRATEGY_SETTINGS - READS[entry.strategy])):
-            yield f"{at}.{name}", f"has no effect with strategy {entry.strategy}; remove it"
-        if entry.strategy != "top_p" and entry.beams < entry.k:
-            yield f"{at}.k", f"{entry.k} responses cannot come from {entry.beams} beams; raise num_beams"
-        if entry.beams % entry.beam_groups:
-            yield f"{at}.num_beam_groups", f"{entry.beams} beams do not split into {entry.beam_groups} equal groups"
-        for name, problem in _backend_problems(entry):
-            yield f"{at}.{name}", problem
+        yield from entry_contradictions(entry, f"candidates.{place}")
+
+
+def entry_contradictions(entry: CandidatesSection, at: str) -> Iterator[tuple[str, str]]:
+    """The same for one entry, whose keys begin with `at`."""
+    for name in sorted(_changed(entry) & (_STRATEGY_SETTINGS - READS[entry.strategy])):
+        yield f"{at}.{name}", f"has no effect with strategy {entry.strategy}; remove it"
+    if entry.strategy != "top_p" and entry.beams < entry.k:
+        yield f"{at}.k", f"{entry.k} responses cannot come from {entry.beams} beams; raise num_beams"
+    if entry.beams % entry.beam_groups:
+        yield f"{at}.num_beam_groups", f"{entry.beams} beams do not split into {entry.beam_groups} equal groups"
+    for name, problem in _backend_problems(entry):
+        yield f"{at}.{name}", problem
 
 
 def _backend_problems(entry: CandidatesSection) -> Iterator[tuple[str, Any]]:

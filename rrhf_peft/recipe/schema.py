@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective, reference_contradictions
-from rrhf_peft.recipe.online import OnlineSection
+from rrhf_peft.recipe.online import OnlineSection, online_contradictions
 from rrhf_peft.recipe.rounds import RoundsSection, rounds_contradictions, with_round_paths
 from rrhf_peft.recipe.sampling import SamplingSection
 from rrhf_peft.recipe.scoring import ScoringSection
@@ -260,6 +260,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
         held_out = recipe.data.eval is not None or recipe.data.eval_size is not None
         if training.eval_strategy not in (None, "no") and not held_out:
             yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
+    if recipe.online is not None:
+        yield from online_contradictions(recipe.online, recipe.data, recipe.adapter, training)
     objective = recipe.objective
     if isinstance(objective, RRHFObjective):
         if objective.variant == "released" and objective.sft_reduction is not None:

@@ -230,7 +230,11 @@ def _contradictions(scoring: ScoringSection) -> Iterator[tuple[str, str]]:
     """Yield (key inside scoring, what is wrong and how to mend it) for settings that cannot go together."""
     if not scoring.output.endswith(".jsonl"):
         yield "output", f"{scoring.output!r} must end in .jsonl"
-    scorer = scoring.scorer
+    yield from scorer_contradictions(scoring.scorer)
+
+
+def scorer_contradictions(scorer: Any) -> Iterator[tuple[str, str]]:
+    """The same for a scorer of any kind, which stands under the key `scorer`."""
     if isinstance(scorer, CompositeScorer):
         yield from _composite_contradictions(scorer)
         for label, part in scorer.parts.items():

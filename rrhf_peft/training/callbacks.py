@@ -55,7 +55,7 @@ class MetricsFile(TrainerCallback):
         """Start afresh, or keep what was logged up to the step resumed from."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= state.global_step]
+        kept = [line for line in _whole_lines(self.path) if _is_before(json.loads(line), state.global_step)]
         replace_text(self.path, "".join(f"{line}\n" for line in kept if state.global_step > 0))
 
     def on_log(
@@ -74,7 +74,7 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with loss, pair accuracy, tokens/s and the time left; plain lines where there is no terminal."""
+    """A bar with loss, pair accuracy, tokens/s, time left and, online, the reward; plain lines without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
@@ -82,6 +82,7 @@ class TrainingProgress(TrainerCallback):
         self._task: TaskID | None = None
         self._started = self._last_line = 0.0
         self._first_step = 0
+        self._reward = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,11 +121,13 @@ class TrainingProgress(TrainerCallback):
         """Show the newest numbers."""
         if not state.is_world_process_zero or not logs:
             return
+        if "rewards/mean" in logs:
+            self._reward = f"  reward {logs['rewards/mean']:.3f}"
         if "eval_loss" in logs:
             self.console.print(f"step {state.global_step}: held out: {_numbers(logs, 'eval_')}")
         elif "loss" in logs:
             if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, numbers=_numbers(logs, ""))
+                self._bar.update(self._task, numbers=_numbers(logs, "") + self._reward)
             else:
                 self._print_line(state, logs)
 
@@ -148,10 +151,15 @@ class TrainingProgress(TrainerCallback):
         done = state.global_step - self._first_step
         left = (now - self._started) / max(done, 1) * (state.max_steps - state.global_step)
         self.console.print(
-            f"step {state.global_step}/{state.max_steps}  {_numbers(logs, '')}  {_duration(left)} left",
+            f"step {state.global_step}/{state.max_steps}  {_numbers(logs, '')}{self._reward}  {_duration(left)} left",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _is_before(entry: dict[str, Any], step: int) -> bool:
+    """Whether a line was logged before a checkpoint at this step; the refresh of online training comes after it."""
+    return entry["step"] < step if "refresh" in entry else entry["step"] <= step
 
 
 def _numbers(logs: dict[str, Any], prefix: str) -> str:

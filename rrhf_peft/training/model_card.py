@@ -12,11 +12,14 @@ from rrhf_peft import __version__
 from rrhf_peft.data import DataReport
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe, recipe_text
+from rrhf_peft.training.online_prompts import PromptReport
 
-_CURVE = ("loss", "rank_loss", "sft_loss", "pair_accuracy", "best_hit_rate")
+_CURVE = ("rewards/mean", "kl/response", "loss", "rank_loss", "sft_loss", "pair_accuracy", "best_hit_rate")
 
 
-def write_model_card(folder: Path, recipe: Recipe, report: DataReport, history: list[dict[str, Any]]) -> None:
+def write_model_card(
+    folder: Path, recipe: Recipe, report: DataReport | PromptReport, history: list[dict[str, Any]]
+) -> None:
     """Write README.md with Hugging Face metadata, in place of PEFT's empty form.
 
     Args:
@@ -25,7 +28,6 @@ def write_model_card(folder: Path, recipe: Recipe, report: DataReport, history: 
         report: of the training data.
         history: `TrainerState.log_history`.
     """
-    steps = [entry for entry in history if "loss" in entry]
     lines = [
         "---",
         f"base_model: {recipe.model.name}",
@@ -44,7 +46,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: DataReport, history: 
         "",
         "## Training",
         "",
-        *_curve_table(steps),
+        *_curve_table(history),
         "",
         "The curve is in `metrics.jsonl`, the data report in `data_report.json`. Standalone weights:",
         "",
@@ -62,8 +64,13 @@ def write_model_card(folder: Path, recipe: Recipe, report: DataReport, history: 
     replace_text(folder / "README.md", "\n".join(lines))
 
 
-def _data_lines(report: DataReport) -> list[str]:
+def _data_lines(report: DataReport | PromptReport) -> list[str]:
     """What a reader of the card asks first; the paper expects the policy's reward to approach the mean of max."""
+    if isinstance(report, PromptReport):
+        return [
+            f"- {report.prompts_kept:,} prompts, answered by the policy itself while it was trained",
+            f"- {report.provided_responses:,} responses that came with them, ranked together with its own",
+        ]
     most, least = max(report.k_histogram), min(report.k_histogram)
     return [
         f"- {report.groups_kept:,} groups, {report.responses_kept:,} responses "
@@ -74,14 +81,15 @@ def _data_lines(report: DataReport) -> list[str]:
     ]
 
 
-def _curve_table(steps: list[dict[str, Any]]) -> list[str]:
+def _curve_table(history: list[dict[str, Any]]) -> list[str]:
     """First and last tenth of the steps, averaged: single steps are noise."""
-    if not steps:
+    if not any("loss" in entry for entry in history):
         return ["No step was logged."]
-    tenth = max(1, len(steps) // 10)
     rows = ["| | first steps | last steps |", "|---|---|---|"]
     for name in _CURVE:
-        first, last = ([entry[name] for entry in part if name in entry] for part in (steps[:tenth], steps[-tenth:]))
-        if first and last:
+        values = [entry[name] for entry in history if name in entry]
+        tenth = max(1, len(values) // 10)
+        first, last = values[:tenth], values[-tenth:]
+        if values:
             rows.append(f"| {name} | {sum(first) / len(first):.4f} | {sum(last) / len(last):.4f} |")
     return rows

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.integrations import is_fsdp_enabled
 
+from rrhf_peft.collecting.sample_policies import decoding_of
 from rrhf_peft.data import DataReport
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, resolve_dtype, resolve_source
 from rrhf_peft.modeling.preparation import uses_checkpointing
@@ -23,6 +24,9 @@ from rrhf_peft.records import UserError
 from rrhf_peft.training.callbacks import MetricsFile, TrainingProgress
 from rrhf_peft.training.config import RRHFConfig
 from rrhf_peft.training.model_card import write_model_card
+from rrhf_peft.training.online import OnlineTrainer
+from rrhf_peft.training.online_prompts import PromptReport
+from rrhf_peft.training.online_rewards import make_reward
 from rrhf_peft.training.run_folder import (
     METRICS,
     describe_run,
@@ -42,12 +46,12 @@ class TrainOutcome:
     Attributes:
         run_folder: the adapter (or model), its tokenizer, recipe, reports, metrics and checkpoints.
         metrics: the trainer's closing numbers (train_loss, train_runtime in seconds ...).
-        reports: data reports by split.
+        reports: data reports by split; of online training, `train` is a `PromptReport`.
     """
 
     run_folder: Path
     metrics: dict[str, float]
-    reports: dict[str, DataReport]
+    reports: dict[str, DataReport | PromptReport]
 
 
 def train_recipe(
@@ -110,10 +114,11 @@ def train_recipe(
     progress = TrainingProgress(console)
     display = [] if args.disable_tqdm else [progress]
     args.disable_tqdm = True  # ours shows what matters here
-    trainer = RRHFTrainer(
+    trainer = _trainer(
+        recipe,
+        splits["train"],
         model=model,
         args=args,
-        train_dataset=splits["train"],
         eval_dataset=splits.get("eval"),
         processing_class=tokenizer,
         callbacks=[MetricsFile(folder / METRICS), *display],
@@ -163,9 +168,33 @@ def training_config(recipe: Recipe) -> RRHFConfig:
             reference=getattr(recipe.objective, "reference", None),
             layout=recipe.engine.layout,
             chunk_tokens=recipe.engine.chunk_tokens,
+            template=recipe.data.template,
+            max_prompt_tokens=recipe.data.max_prompt_tokens,
+            max_tokens=recipe.data.max_tokens,
+            overlong_prompt=recipe.data.overlong_prompt,
         )
     except (ValueError, ImportError, TypeError) as error:
         raise UserError(f"training: transformers refuses these settings ({error}). Change or remove them.") from None
+
+
+def _trainer(recipe: Recipe, train_dataset: Any, **common: Any) -> RRHFTrainer:
+    """The trainer of given groups, or of the policy's own answers where the recipe has `online:`."""
+    online = recipe.online
+    if online is None:
+        return RRHFTrainer(train_dataset=train_dataset, **common)
+    source = online.decoding.source or f"{online.decoding.strategy}:online"
+    return OnlineTrainer(
+        train_dataset=train_dataset,
+        reward=make_reward(online.scorer, recipe, online.seed, train_dataset, source),
+        every=online.every,
+        decoding=decoding_of(online.decoding, online),
+        own_source=source,
+        kl_coefficient=online.kl_coefficient,
+        kl_reduction=online.kl_reduction,
+        seed=online.seed,
+        batch_tokens=online.batch_tokens,
+        **common,
+    )
 
 
 def _loading_device(args: RRHFConfig) -> torch.device:
@@ -186,8 +215,9 @@ def _refuse_longer_than_context(recipe: Recipe, model: Any) -> None:
 def _summary(model: Any, trainer: RRHFTrainer) -> str:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     args, count = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
+    what = "prompts" if isinstance(trainer, OnlineTrainer) else "groups"
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return (
-        f"training {trained:,} parameters on {count:,} groups, {per_step} per step "
+        f"training {trained:,} parameters on {count:,} {what}, {per_step} per step "
         f"on {args.world_size} process{'es' * (args.world_size > 1)} ({args.device.type})"
     )

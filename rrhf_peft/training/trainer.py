@@ -28,7 +28,7 @@ from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
 from rrhf_peft.logprobs import Proof, install, prove
 from rrhf_peft.modeling import load_base_model, load_tokenizer, prepare_for_training
 from rrhf_peft.objectives import NEEDS_PAIRS, OBJECTIVES
-from rrhf_peft.records import GroupBatch, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
+from rrhf_peft.records import GroupBatch, Mean, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
 from rrhf_peft.training.callbacks import GradientCheck, TrainingProgress
 from rrhf_peft.training.config import RRHFConfig
 from rrhf_peft.training.metrics import MetricSums, source_metrics
@@ -128,10 +128,13 @@ class RRHFTrainer(Trainer):
         loss, metrics = self.objective(log_probs, inputs["scores"], reference=reference, **self.objective_options)
         self._require_finite(log_probs, loss, inputs)
         metrics = {**metrics, **source_metrics(log_probs, inputs["source"], self.source_names)}
+        groups = _groups_in(inputs)
+        if groups == 0:  # a stand-in, whose names every process still needs to add
+            metrics = {name: Mean(0 * mean.weight, 0 * mean.weight) for name, mean in metrics.items()}
+            loss = 0 * loss
         self._sums["train" if model.training else "eval"].add(metrics)
         self._loss_so_far += loss.detach().abs()
         if num_items_in_batch is not None:
-            groups = len(inputs["prompt_lengths"])
             loss = loss * (groups * self.accelerator.num_processes / num_items_in_batch)
         return (loss, log_probs) if return_outputs else loss
 
@@ -186,8 +189,8 @@ class RRHFTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[GroupBatch], device: torch.device) -> torch.Tensor:
         """Groups in this optimizer step, over all micro-batches and processes."""
-        groups = torch.tensor(sum(len(batch["prompt_lengths"]) for batch in batch_samples), device=device)
-        return self.accelerator.reduce(groups, reduction="sum")
+        groups = torch.tensor(sum(map(_groups_in, batch_samples)), device=device)
+        return self.accelerator.reduce(groups, reduction="sum").clamp(min=1)
 
     def _prepare_input(self, data: Any) -> Any:
         """Move to the device and nothing else: DeepSpeed's cast of floats to bf16 would tie close scores."""
@@ -259,6 +262,11 @@ class RRHFTrainer(Trainer):
         """All processes' states are on disk before the trainer state that declares a checkpoint whole."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
+
+
+def _groups_in(batch: Any) -> int:
+    """Groups that count: one with an index below 0 stands in where a micro-batch has none (`training.online`)."""
+    return int((batch["index"] >= 0).sum())
 
 
 def _tokenised(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: RRHFConfig) -> list[TokenizedGroup]:
