@@ -28,7 +28,7 @@ def data_section(runs: Mapping[str, TrainingRun], anchor: str) -> Section | None
     blocks: list[Any] = []
     for key, names in readers.items():
         what = "Training data" if key[0] == "train" else "Held-out data"
-        blocks += _one_data_set(reports[key], f"{what} of {_listed(names)}")
+        blocks += _one_data_set(reports[key], f"{what} of {_listed(names)}", is_training=key[0] == "train")
     return Section("Data", anchor, blocks) if blocks else None
 
 
@@ -58,7 +58,7 @@ def merge_section(merges: Mapping[str, Mapping[str, Any]], anchor: str) -> Secti
     return Section("Merge", anchor, blocks)
 
 
-def _one_data_set(report: Mapping[str, Any], title: str) -> list[Any]:
+def _one_data_set(report: Mapping[str, Any], title: str, *, is_training: bool) -> list[Any]:
     dropped = report.get("groups_dropped") or {}
     correlation = report.get("score_length_correlation")
     facts = [
@@ -69,7 +69,8 @@ def _one_data_set(report: Mapping[str, Any], title: str) -> list[Any]:
         ("score", f"mean {_of(report, 'score_mean', '.3g')}, std {_of(report, 'score_std', '.3g')}"),
         (
             "mean of each group's best",
-            f"{_of(report, 'score_mean_of_max', '.3g')} (the trained policy's reward is expected to approach it)",
+            _of(report, "score_mean_of_max", ".3g")
+            + (", which the policy's reward is expected to approach" if is_training else ""),
         ),
         ("pairs", f"{_count(report, 'pairs')}, {_count(report, 'ordered_pairs')} ordered"),
         ("ties", f"{_of(report, 'tie_rate', '.1%')} of pairs"),

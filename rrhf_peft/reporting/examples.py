@@ -77,4 +77,4 @@ def _messages(prompt: Any) -> list[tuple[str, str]]:
 
 def _cut(text: str) -> str:
     left_out = len(text) - _MOST_CHARACTERS
-    return text if left_out <= 0 else f"{text[:_MOST_CHARACTERS]} … ({left_out:,} more characters)"
+    return text.strip() if left_out <= 0 else f"{text[:_MOST_CHARACTERS]} … ({left_out:,} more characters)"

@@ -51,6 +51,11 @@ class TrainingRun:
         kept = [(entry["step"], entry[metric]) for entry in logs if is_number(entry.get(metric))]
         return [step for step, _ in kept], [value for _, value in kept]
 
+    def last_step(self) -> int:
+        """The last optimizer step that anything was logged at."""
+        logs = [*self.steps, *self.held_out, *([self.closing] if self.closing else [])]
+        return max((int(entry["step"]) for entry in logs), default=0)
+
     def peak_memory_gib(self) -> float | None:
         """The highest that was logged."""
         return max(self.series("peak_memory_gib")[1], default=None)

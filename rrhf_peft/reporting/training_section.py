@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rrhf_peft.evaluation.plots import Style
-from rrhf_peft.reporting.blocks import Folded, Pictures, Section, Table, TableRow, picture
+from rrhf_peft.reporting.blocks import Folded, Paragraph, Picture, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.reporting.numbers import MISSING, count, duration, is_number, memory, number
 from rrhf_peft.reporting.training_plots import Curve, curves_figure, smoothing_window, sources_figure
 from rrhf_peft.reporting.training_run import TrainingRun
 
 _SOURCE = "logps/"
+#: More sources than this are drawn run by run.
+_MOST_SOURCE_PANELS = 9
 #: Logged beside the metrics: no course worth a plot, or one that the recipe has set.
 _NO_CURVE = {"step", "epoch", "learning_rate", "grad_norm", "total_flos", "tokens_saved", "tokens_per_second"}
 _NO_CURVE |= {"peak_memory_gib", "runtime", "samples_per_second", "steps_per_second"}
@@ -32,26 +34,14 @@ _TITLES = {
 
 def training_section(runs: Mapping[str, TrainingRun], look: Mapping[str, Style], anchor: str) -> Section:
     """All runs: a table, the curves, and log-probs by source."""
-    blocks: list[Any] = [_table(runs, look)]
+    blocks = _tables(runs, look)
     panels = _panels(runs)
     if panels:
         said = "; ".join(f"{name}: {_course(run)}" for name, run in runs.items())
         blocks.append(
             Pictures([picture(curves_figure(panels, look), f"Training curves. {said}.", _how_drawn(runs), wide=True)])
         )
-    pictures = []
-    for name, run in runs.items():
-        sources = _sources(run)
-        if sources:
-            said = "; ".join(f"{source}: {y[0]:.3f} to {y[-1]:.3f}" for source, (_, y) in sources.items())
-            pictures.append(
-                picture(
-                    sources_figure(sources),
-                    f"Mean log-prob per token of each source's responses, {name}. {said}.",
-                    f"{name}: mean log-prob per token of each source's responses. RRHF should raise those that "
-                    "score high over those that score low.",
-                )
-            )
+    pictures = _source_pictures(runs, look)
     if pictures:
         blocks.append(Pictures(pictures))
     return Section("Training", anchor, blocks)
@@ -75,39 +65,43 @@ def in_words(runs: Mapping[str, TrainingRun]) -> list[str]:
     return ["; ".join(said) + "."] if said else []
 
 
-def _table(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> Table:
-    columns = ["run", "objective", "model", "groups", "steps", "loss", "pairs right", "held out", "tokens/s", "time"]
-    legend = [
-        ("loss, pairs right", "means of the first and the last tenth of the steps"),
-        ("held out", "pairs of held-out groups ordered right, at first and last"),
-        ("time", "wall time; of a resumed run, since it was resumed"),
-    ]
+def _tables(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[Any]:
+    """What all runs have in common in a sentence, and what differs, or was measured, in a table."""
+    described = {
+        "objective": [_objective(run) for run in runs.values()],
+        "model": [_model(run) for run in runs.values()],
+        "groups": [count(run.data.get("train", {}).get("groups_kept")) for run in runs.values()],
+        "steps": [f"{run.last_step():,}" for run in runs.values()],
+    }
+    shared = [title for title, cells in described.items() if len(runs) > 1 and len(set(cells)) == 1]
+    measured = {
+        "loss": [_change(run.series("loss")[1], "{:.3f}") for run in runs.values()],
+        "pairs right": [_change(run.series("pair_accuracy")[1], "{:.0%}") for run in runs.values()],
+        "held out": [_first_last(run.series("pair_accuracy", held_out=True)[1]) for run in runs.values()],
+        "tokens/s": [_median(run.series("tokens_per_second")[1]) for run in runs.values()],
+        "time": [_time(run) for run in runs.values()],
+        "peak memory": [memory(run.peak_memory_gib()) for run in runs.values()],
+    }
+    columns = {title: cells for title, cells in (described | measured).items() if title not in shared}
+    kept = {title: cells for title, cells in columns.items() if any(cell != MISSING for cell in cells)}
+    meanings = {
+        "loss": "means of the first and the last tenth of the logged steps",
+        "pairs right": "share of training pairs ordered right, the same means",
+        "held out": "share of held-out pairs ordered right, at the first and the last evaluation",
+        "time": "wall time; of a resumed run, since it was resumed",
+    }
     rows = [
-        TableRow(
-            [
-                name,
-                _objective(run),
-                _model(run),
-                count(run.data.get("train", {}).get("groups_kept")),
-                f"{run.steps[-1]['step']:,}" if run.steps else "0",
-                _change(run.series("loss")[1], "{:.3f}"),
-                _change(run.series("pair_accuracy")[1], "{:.0%}"),
-                _first_last(run.series("pair_accuracy", held_out=True)[1]),
-                _median(run.series("tokens_per_second")[1]),
-                duration(run.closing["train_runtime"]) if is_number(run.closing.get("train_runtime")) else "not ended",
-                memory(run.peak_memory_gib()),
-            ],
-            look[name].color,
-        )
-        for name, run in runs.items()
+        TableRow([name, *(cells[place] for cells in kept.values())], look[name].color)
+        for place, name in enumerate(runs)
     ]
-    empty = [place for place in range(1, len(columns)) if all(row.cells[place] == MISSING for row in rows)]
-    kept = [place for place in range(len(columns) + 1) if place not in empty]
-    return Table(
-        [[*columns, "peak memory"][place] for place in kept],
-        [TableRow([row.cells[place] for place in kept], row.color) for row in rows],
-        [(title, meaning) for title, meaning in legend if title != "held out" or columns.index(title) in kept],
-    )
+    legend = [(title, meaning) for title, meaning in meanings.items() if title in kept]
+    said = "; ".join(f"{title} {described[title][0]}" for title in shared if described[title][0] != MISSING)
+    return [*([Paragraph(f"The same in all runs: {said}.")] if said else []), Table(["run", *kept], rows, legend)]
+
+
+def _time(run: TrainingRun) -> str:
+    seconds = run.closing.get("train_runtime")
+    return duration(seconds) if is_number(seconds) else "not ended"
 
 
 def _objective(run: TrainingRun) -> str:
@@ -145,6 +139,28 @@ def _panels(runs: Mapping[str, TrainingRun]) -> dict[str, dict[str, Curve]]:
         if any(len(curve.values) > 1 or len(curve.held_out_values) > 1 for curve in drawn.values()):
             panels[_TITLES.get(metric, metric)] = drawn
     return panels
+
+
+def _source_pictures(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[Picture]:
+    """Mean log-probs by source: several runs in a panel for each source, while there are few of these."""
+    found = {name: sources for name, run in runs.items() if (sources := _sources(run))}
+    names = sorted({source for sources in found.values() for source in sources})
+    what = "Mean log-prob per token of each source's responses, in nats"
+    said = {
+        run: "; ".join(f"{source}: {y[0]:.3f} to {y[-1]:.3f}" for source, (_, y) in sources.items())
+        for run, sources in found.items()
+    }
+    if len(found) > 1 and len(names) <= _MOST_SOURCE_PANELS:
+        panels = {
+            source: {run: Curve(*sources[source]) for run, sources in found.items() if source in sources}
+            for source in names
+        }
+        described = " ".join(f"{run}: {words}." for run, words in said.items())
+        return [picture(curves_figure(panels, look), f"{what}. {described}", f"{what}.", wide=len(panels) > 1)]
+    return [
+        picture(sources_figure(sources), f"{what}, {run}. {said[run]}.", f"{run}: {what[0].lower()}{what[1:]}.")
+        for run, sources in found.items()
+    ]
 
 
 def _sources(run: TrainingRun) -> dict[str, tuple[list[float], list[float]]]:

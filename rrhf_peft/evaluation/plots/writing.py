@@ -6,6 +6,7 @@ Left to others: how each looks (`figures`).
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,39 +43,68 @@ def evaluation_plots(evaluation: EvaluationFolder, look: Mapping[str, Style] | N
     names = list(evaluation.policies)
     look = look or styles(names, baseline=names[0])
     label = evaluation.headline
-    if label is not None:
-        rewards = evaluation.rewards(label)
-        if rewards:
-            yield Plot("reward", reward_figure(rewards, look, label=label), _said_rewards(evaluation, label))
-        plane = {
-            name: (own.perplexity, rewards[name].mean)
-            for name, own in evaluation.policies.items()
-            if name in rewards and own.perplexity is not None and 0 < own.perplexity < float("inf")
-        }
-        if plane:
-            said = "; ".join(f"{name}: perplexity {x:.2f}, reward {y:.2f}" for name, (x, y) in plane.items())
-            yield Plot(
-                "reward_perplexity", plane_figure(plane, look, label=label), f"Mean reward against perplexity. {said}."
-            )
-        curves = evaluation.best_of_n(label)
-        if curves:
-            said = "; ".join(
-                f"{name}: {', '.join(f'n={n} {one.mean:.2f}' for n, one in curve.items())}"
-                for name, curve in curves.items()
-            )
-            yield Plot("best_of_n", best_of_figure(curves, look, label=label), f"Reward of the best of n. {said}.")
-        scores = evaluation.response_scores(label)
-        if scores:
-            first = next(iter(scores))
-            said = f"Histograms of the rewards of single responses by {label}: {', '.join(scores)}."
-            over = f" Each is drawn over {first}." if len(scores) > 1 else ""
-            yield Plot("reward_histogram", histogram_figure(scores, look, label=label), said + over)
-    if evaluation.wins:
-        said = "; ".join(
-            f"{row.policy} against {row.against} by {row.by}: {row.win:g} won, {row.tie:g} tied, {row.lose:g} lost"
-            for row in evaluation.wins
+    drawn = [
+        *([_reward_plot(evaluation, look, label)] if label is not None else []),
+        _wins_plot(evaluation),
+        *((draw(evaluation, look, label) for draw in _BY_LABEL) if label is not None else []),
+    ]
+    yield from (plot for plot in drawn if plot is not None)
+
+
+def _reward_plot(evaluation: EvaluationFolder, look: Mapping[str, Style], label: str) -> Plot | None:
+    rewards = evaluation.rewards(label)
+    if not rewards:
+        return None
+    said = "; ".join(f"{name}: {interval.mean:.2f}" for name, interval in rewards.items())
+    return Plot("reward", reward_figure(rewards, look, label=label), f"Mean reward by {label}. {said}.")
+
+
+def _wins_plot(evaluation: EvaluationFolder) -> Plot | None:
+    if not evaluation.wins:
+        return None
+    said = []
+    for row in evaluation.wins:
+        total = row.win + row.tie + row.lose
+        shares = ", ".join(
+            f"{value / total:.0%} {word}" for value, word in ((row.win, "won"), (row.tie, "tied"), (row.lose, "lost"))
         )
-        yield Plot("wins", wins_figure(evaluation.wins), f"Shares of prompts won, tied and lost. {said}.")
+        said.append(f"{row.policy} against {row.against} by {row.by}: {shares}")
+    return Plot("wins", wins_figure(evaluation.wins), f"Win, tie and lose. {'; '.join(said)}.")
+
+
+def _plane_plot(evaluation: EvaluationFolder, look: Mapping[str, Style], label: str) -> Plot | None:
+    rewards = evaluation.rewards(label)
+    plane = {
+        name: (own.perplexity, rewards[name].mean)
+        for name, own in evaluation.policies.items()
+        if name in rewards and own.perplexity is not None and 0 < own.perplexity < math.inf
+    }
+    if not plane:
+        return None
+    said = "; ".join(f"{name}: perplexity {x:.2f}, reward {y:.2f}" for name, (x, y) in plane.items())
+    return Plot("reward_perplexity", plane_figure(plane, look, label=label), f"Mean reward against perplexity. {said}.")
+
+
+def _best_of_plot(evaluation: EvaluationFolder, look: Mapping[str, Style], label: str) -> Plot | None:
+    curves = evaluation.best_of_n(label)
+    if not curves:
+        return None
+    said = "; ".join(
+        f"{name}: {', '.join(f'n={n} {one.mean:.2f}' for n, one in curve.items())}" for name, curve in curves.items()
+    )
+    return Plot("best_of_n", best_of_figure(curves, look, label=label), f"Reward of the best of n. {said}.")
+
+
+def _histogram_plot(evaluation: EvaluationFolder, look: Mapping[str, Style], label: str) -> Plot | None:
+    scores = evaluation.response_scores(label)
+    if not scores:
+        return None
+    said = f"Histograms of the rewards of single responses by {label}: {', '.join(scores)}."
+    over = f" Each is drawn over {next(iter(scores))}." if len(scores) > 1 else ""
+    return Plot("reward_histogram", histogram_figure(scores, look, label=label), said + over)
+
+
+_BY_LABEL = (_plane_plot, _best_of_plot, _histogram_plot)
 
 
 def write_plots(folder: Path) -> list[Path]:
@@ -102,11 +132,6 @@ def write_plots(folder: Path) -> list[Path]:
             if path not in written:
                 path.unlink(missing_ok=True)
     return written
-
-
-def _said_rewards(evaluation: EvaluationFolder, label: str) -> str:
-    said = "; ".join(f"{name}: {interval}" for name, interval in evaluation.rewards(label).items())
-    return f"Mean reward by {label} with its interval. {said}."
 
 
 def _replace_bytes(path: Path, content: bytes) -> None:
