@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
+
+from transformers import PreTrainedModel
 
 
 def slow_length(prompt: str, responses: list[str]) -> list[float]:
@@ -19,3 +22,14 @@ def cost(prompt: str, responses: list[str]) -> list[float]:
 def small_letters(prompt: str, responses: list[str]) -> list[float]:
     """The share of characters that are small letters of the alphabet."""
     return [sum("a" <= letter <= "z" for letter in response) / max(len(response), 1) for response in responses]
+
+
+#: How many models there were whenever `counting_live_models` scored the prompt "0 ".
+LIVE_MODELS: list[int] = []
+
+
+def counting_live_models(prompt: str, responses: list[str]) -> list[float]:
+    """Small letters, and a look at what is in memory."""
+    if prompt == "0 ":  # looking takes a while
+        LIVE_MODELS.append(sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()))
+    return small_letters(prompt, responses)

@@ -1,0 +1,127 @@
+"""Rounds on a tiny model, from prompts to tables: what is learnt, what is continued, what is left in memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from rich.console import Console
+from rounds.round_recipes import NEEDS, read_rows, round_recipe, round_values, run_quietly, tables
+from score_rules import LIVE_MODELS
+from typer.testing import CliRunner
+
+from rrhf_peft.cli import app
+from rrhf_peft.recipe import make_recipe
+from rrhf_peft.records import UserError
+from rrhf_peft.rounds.run import run_rounds
+
+
+@pytest.fixture(scope="module")
+def two_rounds(tiny_model_folder, tmp_path_factory):
+    """The folder and the outcome of two rounds."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run_quietly(round_recipe(tiny_model_folder, folder, prompts=16))
+
+
+def test_each_round_samples_better_responses_and_a_third_goes_on(tiny_model_folder, two_rounds):
+    folder, outcome = two_rounds
+    first, second = outcome.rows
+    assert [first.policy, second.policy] == ["round-1", "round-2"]
+    assert second.own > first.own + 0.05
+    assert second.mean_of_max > second.own
+    assert not outcome.was_finished
+    written = json.loads((folder / "rounds" / "rounds.json").read_text())["rounds"]
+    assert [row["own"] for row in written] == [first.own, second.own]
+
+    again = run_quietly(round_recipe(tiny_model_folder, folder, prompts=16))
+    assert again.was_finished
+    assert again.rows == outcome.rows
+    more = run_quietly(round_recipe(tiny_model_folder, folder, prompts=16, rounds={"count": 3}))
+    assert more.rows[:2] == outcome.rows
+    assert more.rows[2].own > 2 * first.own
+
+
+def test_rows_say_which_policy_wrote_them_and_no_round_repeats_another(two_rounds):
+    folder = two_rounds[0] / "rounds"
+    first, second = (read_rows(folder / f"round-{number}" / "candidates.jsonl") for number in (1, 2))
+    assert {source for row in first for source in row["sources"]} == {"top_p:base"}
+    assert {source for row in second for source in row["sources"]} == {"top_p:round-1"}
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
+    runs = [yaml.safe_load((folder / f"round-{number}" / "run" / "recipe.yaml").read_text()) for number in (1, 2)]
+    assert [run["training"]["seed"] for run in runs] == [0, 1]
+    assert [run["model"]["init_adapter"] for run in runs] == [None, str(folder / "round-1" / "run")]
+
+
+def test_round_1_is_what_the_single_verbs_do(tiny_model_folder, two_rounds, tmp_path):
+    values = round_values(tiny_model_folder, tmp_path, prompts=16)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    done = CliRunner().invoke(app, ["sample", str(tmp_path / "recipe.yaml")])
+    assert done.exit_code == 0, done.output
+    texts = [
+        [row["responses"] for row in read_rows(folder / "rounds" / "round-1" / "candidates.jsonl")]
+        for folder in (tmp_path, two_rounds[0])
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_all_weights_in_slices_with_the_base_trained_anew(tiny_model_folder, tmp_path):
+    changes = {
+        "adapter": None,
+        "training": {"max_steps": 2, "save_strategy": "no"},
+        "rounds": {"prompts_per_round": 8, "start_from": "base"},
+    }
+    run_quietly(round_recipe(tiny_model_folder, tmp_path, prompts=12, **changes))
+    rounds = tmp_path / "rounds"
+    prompts = [[row["prompt"] for row in read_rows(rounds / f"round-{n}" / "candidates.jsonl")] for n in (1, 2)]
+    assert prompts == [[f"{n} " for n in range(8)], [f"{n} " for n in (8, 9, 10, 11, 0, 1, 2, 3)]]
+    second = yaml.safe_load((rounds / "round-2" / "run" / "recipe.yaml").read_text())
+    assert second["model"]["name"] == str(tiny_model_folder)
+    assert {source for row in read_rows(rounds / "round-2" / "candidates.jsonl") for source in row["sources"]} == {
+        "top_p:round-1"
+    }
+    details = read_rows(rounds / "round-2" / "candidates.jsonl")[0]["meta"]["candidates"]
+    assert {own["policy"] for own in details} == {"run"}  # sampled by the trained weights
+
+
+def test_no_model_stays_in_memory_when_a_stage_is_over(tiny_model_folder, tmp_path):
+    values = round_values(tiny_model_folder, tmp_path, prompts=8, training={"max_steps": 1})
+    values["scoring"]["scorer"]["function"] = "score_rules:counting_live_models"
+    LIVE_MODELS.clear()
+    run_quietly(make_recipe(values, needs=NEEDS))
+    before_training, after_training_and_sampling = LIVE_MODELS
+    assert after_training_and_sampling == before_training
+
+
+def test_the_verb_prints_the_table_and_says_when_all_was_done(two_rounds):
+    folder, _ = two_rounds
+    before = tables(folder / "rounds")
+    recipe = str(folder / "rounds" / "recipe.yaml")
+    done = CliRunner().invoke(app, ["rounds", recipe])
+    assert done.exit_code == 0, done.output
+    assert "Finished before:" in done.output
+    assert "round-2" in done.output
+    assert tables(folder / "rounds") == before
+    printed = json.loads(CliRunner().invoke(app, ["rounds", recipe, "--json"]).stdout)
+    assert printed["rounds"] == json.loads(before["rounds.json"])["rounds"]
+    refused = CliRunner().invoke(app, ["rounds", recipe, "sampling.seed=5"])
+    assert refused.exit_code == 1
+    assert "sampling.seed was 0 and is 5" in refused.output
+
+
+def test_a_stage_that_fails_is_told_and_done_again(tiny_model_folder, tmp_path):
+    recipe = round_recipe(tiny_model_folder, tmp_path, prompts=4, data={"max_tokens": 4096})
+    with pytest.raises(UserError, match=r"data\.max_tokens: 4096 is more than"):
+        run_quietly(recipe)
+    with pytest.raises(UserError, match=r"data\.max_tokens: 4096 is more than"):
+        run_quietly(recipe)
+    assert (tmp_path / "rounds" / "round-1" / "scored.jsonl").exists()
+
+
+def test_progress_names_round_and_stage(tiny_model_folder, tmp_path, capsys):
+    values = round_values(tiny_model_folder, tmp_path, prompts=4, training={"max_steps": 1}, rounds={"count": 1})
+    run_rounds(make_recipe(values, needs=NEEDS), console=Console(stderr=True, width=100))
+    told = capsys.readouterr().err
+    for stage in ("sample", "score", "train"):
+        assert f"round-1: {stage}" in told
+    assert "train s" in told
