@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training.ranked_files import logged, small_recipe, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rrhf_peft.data import GroupCollator
+from rrhf_peft.data import GroupCollator, read_groups
 from rrhf_peft.logprobs import install
 from rrhf_peft.modeling import load_base_model
 from rrhf_peft.objectives import NEEDS_REFERENCE, OBJECTIVES
@@ -271,6 +271,37 @@ def test_what_auto_means(tiny_model_folder):
         choice(fresh(), "none")
     with pytest.raises(UserError, match="there is no adapter"):
         choice(AutoModelForCausalLM.from_pretrained(tiny_model_folder), "adapter_off")
+
+
+def test_the_cache_has_every_response_at_its_place_and_no_dropout(tiny_model_folder, ranked, tmp_path):
+    """Looked up in any order, it is what the engine says of the starting policy in evaluation mode."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.5)
+    model = moved(get_peft_model(base, config))
+    trainer = RRHFTrainer(
+        model=model,
+        args=RRHFConfig(
+            output_dir=str(tmp_path / "run"),
+            objective="dpo",
+            max_steps=1,
+            learning_rate=0.0,
+            per_device_eval_batch_size=3,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=read_groups(str(ranked)),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_folder),
+    )
+    trainer.train()
+    groups = list(trainer.train_dataset)
+    batch = GroupCollator(trainer.source_names)([groups[i] for i in (11, 2, 15, 7)])
+    got = trainer.reference_cache.look_up("train", batch)
+    with torch.no_grad():
+        expected = trainer.engine.log_probs(model.eval(), batch)
+    torch.testing.assert_close(got.sum, expected.sum, rtol=1e-5, atol=1e-4)
+    for one, other in zip(got[1:], expected[1:], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_groups_that_no_cache_holds_are_refused(tiny_model_folder, tmp_path):
