@@ -86,7 +86,7 @@ def _one_data_set(report: Mapping[str, Any], title: str, *, is_training: bool) -
         ),
         ("sharing the prompt saves", f"{_of(report, 'sharing_saves', '.0%')} of the tokens"),
     ]
-    blocks: list[Any] = [Facts(facts, title)]
+    blocks: list[Any] = [Facts([(name, value) for name, value in facts if MISSING not in value], title)]
     histogram = _histogram(report)
     if len(histogram) > 1:
         said = "; ".join(f"k={k}: {n:,} groups" for k, n in sorted(histogram.items()))

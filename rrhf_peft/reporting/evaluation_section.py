@@ -59,7 +59,7 @@ def evaluation_section(
         blocks.append(
             Paragraph(
                 f"Side by side: {len(shown)} prompts at even distances through the list, with the first response of "
-                f"each policy and its reward by {evaluation.headline}. None was chosen by its looks.",
+                f"each policy and its reward by {evaluation.headline}. They were not chosen by their looks.",
                 small=True,
             )
         )

@@ -76,7 +76,7 @@ def sections(runs: Runs) -> list[Section]:
         found.append(data_section.merge_section(runs.merges, "merge"))
     if runs.training:
         found.append(training_section.recipes_section(runs.training, "recipes"))
-    return found
+    return [section for section in found if section.blocks]
 
 
 def summary(runs: Runs) -> list[Paragraph]:
