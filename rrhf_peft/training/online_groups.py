@@ -78,6 +78,7 @@ class Answers:
             "sources": self.sources,
             "rewards": self.rewards,
             "kl": self.kl,
+            "num_tokens": [len(ids) for ids in self.response_ids],
             "sampled": self.sampled,
             "left_out": self.left_out,
             "meta": {"prompt_index": self.prompt.index, "learned": learned},
@@ -109,7 +110,7 @@ def answers_of(
     """
     texts = [*prompt.responses, *(candidate.text for candidate in candidates)]
     sources = [*prompt.sources, *[own_source] * len(candidates)]
-    provided, eos = len(prompt.responses), int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    provided, eos = len(prompt.responses), int(tokenizer.eos_token_id)
     form = TEMPLATES[template]
     finished = [form.response(text).removesuffix(str(tokenizer.eos_token)) for text in texts]
     encoded = tokenizer(finished, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -120,8 +121,9 @@ def answers_of(
         if reward is None or not usable.strip()
     ]
     places = [place for place, reward in enumerate(rewards) if reward is not None]
+    known = [reward for reward in rewards if reward is not None]
     # The place stands in for the source, so that what stays can be told apart.
-    group = RankedGroup("", [texts[i] for i in places], [rewards[i] for i in places], [str(i) for i in places])
+    group = RankedGroup("", [texts[i] for i in places], known, [str(i) for i in places])
     room = max_tokens - len(prompt.prompt_ids)
     kept = without_duplicates(group, [Encoded(finished[i], encoded[i]) for i in places], room, eos, Counts())
     stay = [int(item.source) for item in kept]
