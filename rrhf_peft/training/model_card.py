@@ -32,13 +32,13 @@ def write_model_card(
         "---",
         f"base_model: {recipe.model.name}",
         f"library_name: {'transformers' if recipe.adapter is None and not recipe.model.init_adapter else 'peft'}",
-        "tags: [rrhf, ranked-responses]",
+        f"tags: [{recipe.objective.name}, ranked-responses]",
         "---",
         "",
         f"# {folder.name}",
         "",
-        f"`{recipe.model.name}` aligned with ranked responses by the `{recipe.objective.name}` objective "
-        f"(RRHF, arXiv 2304.05302), with rrhf-peft {__version__}.",
+        f"`{recipe.model.name}` aligned with ranked responses by the `{recipe.objective.name}` objective, "
+        f"with rrhf-peft {__version__}. {_of_objective(recipe)}",
         "",
         "## Data",
         "",
@@ -62,6 +62,11 @@ def write_model_card(
         "",
     ]
     replace_text(folder / "README.md", "\n".join(lines))
+
+
+def _of_objective(recipe: Recipe) -> str:
+    """The first line that its section of the recipe says of itself: name, paper, equation."""
+    return str(type(recipe.objective).__doc__).splitlines()[0]
 
 
 def _data_lines(report: DataReport | PromptReport) -> list[str]:

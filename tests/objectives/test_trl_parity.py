@@ -266,3 +266,66 @@ def test_orpo_trainer(beta):
     )
     ours, _ = OBJECTIVES["orpo"](log_probs, scores, beta=beta)
     compare(ours, theirs, list(logits.values()))
+
+
+def test_three_steps_beside_the_real_dpo_trainer(tiny_model_folder, tmp_path):
+    """The same pairs, model and optimizer: tokens, log-probs, reference and update agree, not the formula alone."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from rrhf_peft.records import TokenizedGroup
+    from rrhf_peft.training import RRHFConfig, RRHFTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    rows = [
+        {"prompt": "say it:", "chosen": " yes", "rejected": " no, never"},
+        {"prompt": "the cat sat on", "chosen": " the mat and slept", "rejected": " it"},
+        {"prompt": "one two", "chosen": " three", "rejected": " tree"},
+        {"prompt": "a", "chosen": " b", "rejected": " z z z z"},
+    ]
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    theirs = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
+        args=DPOConfig(str(tmp_path / "trl"), beta=0.5, precompute_ref_log_probs=True, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    theirs.train()
+
+    del settings["gradient_checkpointing"]
+    groups = [
+        TokenizedGroup(
+            tokenizer(row["prompt"])["input_ids"],
+            [tokenizer(row[side])["input_ids"] + [tokenizer.eos_token_id] for side in ("rejected", "chosen")],
+            [0.0, 1.0],
+            ["a", "a"],
+            index,
+        )
+        for index, row in enumerate(rows)
+    ]
+    ours = RRHFTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
+        args=RRHFConfig(str(tmp_path / "ours"), objective="dpo", objective_options={"beta": 0.5}, **settings),
+        train_dataset=groups,
+        processing_class=tokenizer,
+    )
+    ours.train()
+    curves = [[line for line in trainer.state.log_history if "loss" in line] for trainer in (ours, theirs)]
+    assert len(curves[0]) == len(curves[1]) == 3
+    assert curves[0][2]["loss"] < 0.6
+    for name in ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        got, expected = ([line[name] for line in curve] for curve in curves)
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-5), name
