@@ -7,10 +7,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test check format bench reproduce clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create .venv and install everything (the other targets do this too)
 
@@ -42,6 +42,10 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 
 bench: $(READY) ## Measure the engine against the plain step: queries/s and peak memory
 	@$(BIN)/python tests/bench/step_bench.py
+
+reproduce: $(READY) ## Run the RRHF paper's tables at small scale: MODEL= STORIES= SEEDS="0 1 2" BRIEF=1
+	@$(BIN)/python recipes/paper/reproduce.py $(if $(MODEL),--model '$(MODEL)') $(if $(STORIES),--stories '$(STORIES)') \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BRIEF),--brief)
 
 clean: ## Remove the virtual environment and the caches, not the runs
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info

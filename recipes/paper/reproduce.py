@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
@@ -49,31 +49,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _as_interrupt)
     train, held_out = BRIEF_PROMPTS if options.brief else (TRAIN_PROMPTS, HELD_OUT_PROMPTS)
     overrides = [*(BRIEF_OVERRIDES if options.brief else ()), *options.set]
-    setup = Setup(options.model, options.output, tuple(overrides))
+    output = options.output or Path("runs/reproduce-brief" if options.brief else "runs/reproduce")
+    folder = options.document or (output if options.brief else HERE)
+    setup = Setup(options.model, output, tuple(overrides))
     try:
-        write_stories(options.stories, options.output / "stories", train=train, held_out=held_out)
+        write_stories(options.stories, output / "stories", train=train, held_out=held_out)
         if options.only_stories:
             return 0
-        run_all(setup, options.seeds, options.workers)
+        run_all(setup, options.seeds, options.workers, with_needs(options.rows or ROWS))
+        if options.rows:
+            print(f"the document needs all rows and was not written; the rows named are in {output}")
+            return 0
         results = collect_results(setup, options.seeds, {"train": train, "held_out": held_out}, machine())
-        _write_document(results, options.document)
+        _write_document(results, folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped. What is finished is kept: the same command goes on from here.", file=sys.stderr)
         return 130
-    print(f"written: {options.document / 'README.md'}, results.json, figures/")
+    print(f"written: README.md, results.json and figures in {folder}")
     return 0
 
 
-def run_all(setup: Setup, seeds: Sequence[int], workers: int) -> None:
+def with_needs(names: Iterable[str]) -> list[str]:
+    """Rows with all that they read from, in the order of the table."""
+    wanted = set(names)
+    while more := {need for name in wanted for need in ROWS[name].needs} - wanted:
+        wanted |= more
+    return [name for name in ROWS if name in wanted]
+
+
+def run_all(setup: Setup, seeds: Sequence[int], workers: int, rows: Sequence[str]) -> None:
     """Do every row of every seed that is not finished, each after the rows that it needs.
 
     Raises:
         UserError: of the first row that fails; what others have finished is kept.
     """
-    jobs = [(name, seed) for seed in seeds for name in ROWS]
+    jobs = [(name, seed) for seed in seeds for name in rows]
     done = {job for job in jobs if setup.seconds(ROWS[job[0]], job[1]) is not None}
     if done:
         print(f"{len(done)} of {len(jobs)} rows are finished already", flush=True)
@@ -180,14 +193,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; default 2")
-    parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="where all runs go")
-    parser.add_argument("--document", type=Path, default=HERE, help="where README.md, results.json and figures/ go")
-    parser.add_argument(
-        "--brief", action="store_true", help="few prompts and steps: whether it runs, not what it shows"
-    )
+    parser.add_argument("--output", type=Path, help="where all runs go; default runs/reproduce, or -brief")
+    parser.add_argument("--document", type=Path, help="where README.md, results.json and figures go; default: here")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="only these, and what they read")
+    parser.add_argument("--brief", action="store_true", help="few prompts and steps: whether it runs, no more")
     parser.add_argument("--only-stories", action="store_true", help="write the prompts that recipes read, and stop")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change recipes that have the key's section"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an override for all recipes that have the section; may be given several times",
     )
     return parser
 

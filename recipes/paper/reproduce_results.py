@@ -39,7 +39,7 @@ def collect_results(setup: Setup, seeds: Sequence[int], prompts: Mapping[str, in
     rows = {
         name: {key: _rounded([own[key] for own in found]) for key in found[0]} for name, found in evaluations.items()
     }
-    best = [_best_of_4(setup.folder(seed, "best_of_4") / "evaluation") for seed in seeds]
+    best = [best_of_4(setup.folder(seed, "best_of_4") / "evaluation") for seed in seeds]
     rows["best_of_4"] = {key: _rounded([own[key] for own in best]) for key in best[0]}
     return {
         "seeds": list(seeds),
@@ -98,7 +98,7 @@ def _evaluation(folder: Path, policy: str) -> dict[str, float]:
     }
 
 
-def _best_of_4(folder: Path) -> dict[str, float]:
+def best_of_4(folder: Path) -> dict[str, float]:
     """The best of the base's four answers to each prompt: its reward, and its perplexity."""
     rewards, total, tokens = [], 0.0, 0
     scored = {row["meta"]["prompt_index"]: row for row in _rows(folder / "scored" / f"best_of_4.{SCORER}.jsonl")}

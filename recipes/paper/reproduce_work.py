@@ -80,14 +80,11 @@ class Setup:
 
 
 def start_worker() -> None:
-    """Once in each worker process: one thread, no bars, and a quiet end at Ctrl-C."""
+    """Once in each worker process: one thread, and a quiet end at Ctrl-C, of which the driver speaks for all."""
     import torch
-    from transformers.utils import logging
 
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the driver speaks for all
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def run_row(setup: Setup, name: str, seed: int) -> dict[str, float]:
@@ -96,6 +93,9 @@ def run_row(setup: Setup, name: str, seed: int) -> dict[str, float]:
     Raises:
         UserError: anything the user can mend.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     row = ROWS[name]
     folder, fingerprint = setup.folder(seed, name), setup.fingerprint(row, seed)
     begun = folder / BEGUN
@@ -151,10 +151,11 @@ def _train(recipe: Recipe) -> None:
 
 
 def _evaluate(recipe: Recipe) -> None:
+    from rrhf_peft.evaluation.folder import TABLE
     from rrhf_peft.evaluation.run import evaluate_recipe
 
     assert recipe.evaluation is not None
-    if _is_missing(Path(recipe.evaluation.output) / "evaluation.json"):
+    if _is_missing(Path(recipe.evaluation.output) / TABLE):
         evaluate_recipe(recipe, console=_quiet())
 
 
