@@ -29,6 +29,13 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LAUNCH_CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
+#: Short answers, and a rule in the place of a reward model.
+ONLINE = (
+    "online.decoding.max_new_tokens=8",
+    "online.scorer={name: rule, function: 'rrhf_peft.scoring:vader'}",
+)
+
+
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
 def recipe_path(request: pytest.FixtureRequest) -> Path:
     return request.param
@@ -79,6 +86,7 @@ def test_it_takes_a_step_with_a_tiny_model(recipe_path: Path, tmp_path: Path, ti
             "training.use_cpu=true",
             "training.bf16=false",
             *(["data.eval_size=4"] if load_recipe(recipe_path).data.eval_size is not None else []),
+            *(ONLINE if load_recipe(recipe_path).online is not None else []),
         ],
     )
     outcome = train_recipe(recipe)
