@@ -55,12 +55,11 @@ def sections(runs: Runs) -> list[Section]:
     for place, (name, rounds) in enumerate(runs.rounds.items(), 1):
         found.append(rounds_section.rounds_section(name, rounds, f"rounds-{place}"))
         if rounds.evaluation is not None:
-            own = styles(list(rounds.evaluation.policies), baseline=next(iter(rounds.evaluation.policies)))
             found.append(
                 evaluation_section.evaluation_section(
                     name,
                     rounds.evaluation,
-                    own,
+                    look,
                     f"rounds-evaluation-{place}",
                     title=f"All policies of {name}",
                 )
@@ -118,7 +117,8 @@ def render(title: str, opening: list[Paragraph], found: list[Section], made_with
 
 def _styles(runs: Runs) -> dict[str, Style]:
     """One look for a name wherever it occurs; the policy that an evaluation starts from is grey."""
-    policies = [name for evaluation in runs.evaluations.values() for name in evaluation.policies]
+    evaluations = [*runs.evaluations.values(), *(one.evaluation for one in runs.rounds.values() if one.evaluation)]
+    policies = [name for evaluation in evaluations for name in evaluation.policies]
     return styles([*policies, *runs.training], baseline=policies[0] if policies else None)
 
 

@@ -73,7 +73,7 @@ def _tables(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[
         "groups": [count(run.data.get("train", {}).get("groups_kept")) for run in runs.values()],
         "steps": [f"{run.last_step():,}" for run in runs.values()],
     }
-    shared = [title for title, cells in described.items() if len(runs) > 1 and len(set(cells)) == 1]
+    shared = [title for title, cells in described.items() if len(set(cells)) == 1]
     measured = {
         "loss": [_change(run.series("loss")[1], "{:.3f}") for run in runs.values()],
         "pairs right": [_change(run.series("pair_accuracy")[1], "{:.0%}") for run in runs.values()],
@@ -96,7 +96,8 @@ def _tables(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[
     ]
     legend = [(title, meaning) for title, meaning in meanings.items() if title in kept]
     said = "; ".join(f"{title} {described[title][0]}" for title in shared if described[title][0] != MISSING)
-    return [*([Paragraph(f"The same in all runs: {said}.")] if said else []), Table(["run", *kept], rows, legend)]
+    opening = "The same in all runs: " if len(runs) > 1 else f"{next(iter(runs))}: "
+    return [*([Paragraph(f"{opening}{said}.")] if said else []), Table(["run", *kept], rows, legend)]
 
 
 def _time(run: TrainingRun) -> str:

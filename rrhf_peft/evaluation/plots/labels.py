@@ -55,6 +55,10 @@ def spread(places: Sequence[float], gap: float, low: float, high: float) -> list
     return moved
 
 
+#: Where the names of lines begin, as a share of the axes' width; the lines that lead to them need some room.
+_BESIDE = 1.05
+
+
 class LineEnd(NamedTuple):
     """The last point of a line, in data coordinates, with the text to stand beside it."""
 
@@ -73,14 +77,14 @@ def label_line_ends(figure: Any, axes: Any, ends: Sequence[LineEnd]) -> None:
             end.text,
             xy=(1.0, end.y),
             xycoords=right,
-            xytext=(1.035, end.y),
+            xytext=(_BESIDE, end.y),
             textcoords=right,
             color=ink(end.color),
             fontsize=FONT_SIZE - 1,
             va="center",
             annotation_clip=False,
             parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 1},
+            arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkB": 1},
         )
         for end in ends
     ]
@@ -89,7 +93,7 @@ def label_line_ends(figure: Any, axes: Any, ends: Sequence[LineEnd]) -> None:
     heights = [axes.transData.transform((0, end.y))[1] for end in ends]
     gap = (FONT_SIZE + 1.5) * figure.dpi / 72
     for text, place in zip(texts, spread(heights, gap, box.y0, box.y1), strict=True):
-        text.set_position((1.035, axes.transData.inverted().transform((0, place))[1]))
+        text.set_position((_BESIDE, axes.transData.inverted().transform((0, place))[1]))
 
 
 def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
