@@ -66,7 +66,7 @@ class PairJudge:
         reasons = [own for own in answers if isinstance(own, str)]
         if (
             reasons
-            and len(reasons) == len(answers)
+            and len(reasons) == sum(one != two for _, (one, two) in orders)
             and all(own.startswith(RequestFailedError.PREFIX) for own in reasons)
         ):
             raise UserError(

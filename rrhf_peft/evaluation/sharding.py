@@ -39,7 +39,8 @@ def rows_of_all(
     Args:
         output: the .jsonl file.
         items: what there is to do, the same list on all processes.
-        begin: loads what the work needs and returns the work: items -> rows. Only called where work is left.
+        begin: loads what the work needs and returns the work: items -> rows. Called by every process or by none,
+            because what it loads may agree with the other processes on something.
         settings: JSON values that the rows depend on.
         processes: of this launch; all of them call this.
         console: where the main process shows progress.
@@ -49,19 +50,20 @@ def rows_of_all(
     if is_finished(output):
         return
     units = [items[start : start + UNIT] for start in range(0, len(items), UNIT)]
-    shards = ShardedOutput(
-        output,
-        fingerprint=hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
-        units=len(units),
-        process=processes.index,
-        processes=processes.count,
-    )
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    everyone = [
+        ShardedOutput(output, fingerprint=fingerprint, units=len(units), process=index, processes=processes.count)
+        for index in range(processes.count)
+    ]
+    shards = everyone[processes.index]
     processes.wait_for_all()
     if processes.is_main:
         shards.open()
     processes.wait_for_all()
     pending = shards.pending()
-    if pending:
+    is_work_left = any(own.pending() for own in everyone)
+    processes.wait_for_all()  # nobody writes before all have seen the same
+    if is_work_left:
         work = begin()
         quiet = console if processes.is_main else Console(quiet=True)
         with group_progress(quiet, title, sum(len(units[unit]) for unit in pending)) as advance:

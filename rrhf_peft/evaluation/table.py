@@ -5,6 +5,7 @@ Left to others: the numbers (`evaluation.figures`).
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from rich.table import Table
 
 #: Title, and policy -> what stands there.
 Column = tuple[str, Callable[[str], str | None]]
-#: Characters between two columns.
-_GAP = 3
+#: Characters between two columns, and of a title's line.
+_GAP, _TITLE = 3, 10
 
 
 def markdown_table(figures: Mapping[str, Any]) -> str:
@@ -32,11 +33,11 @@ def terminal_tables(figures: Mapping[str, Any], width: int) -> list[Any]:
     tables: list[Any] = []
     names = list(figures["policies"])
     longest = min(max(map(len, names)), width // 3)
-    for columns in (own for part in _columns(figures) for own in _fitting(part, names, width - longest - _GAP)):
+    for columns in (own for part in _columns(figures) for own in _fitting(part, names, width - longest - 2)):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         table.add_column("policy", overflow="fold", min_width=longest)
         for column in columns:
-            table.add_column(column[0], justify="right", min_width=_width(column, names))
+            table.add_column("\n".join(_title_lines(column, names)), justify="right", no_wrap=True)
         for name in names:
             table.add_row(name, *(value(name) or "" for _, value in columns))
         tables.append(table)
@@ -57,9 +58,13 @@ def _fitting(columns: Sequence[Column], names: Sequence[str], room: int) -> list
     return parts
 
 
-def _width(column: Column, names: Sequence[str]) -> int:
+def _title_lines(column: Column, names: Sequence[str]) -> list[str]:
     title, value = column
-    return max([*map(len, title.split()), *(len(value(name) or "") for name in names)])
+    return textwrap.wrap(title, max([_TITLE, *(len(value(name) or "") for name in names)]), break_long_words=False)
+
+
+def _width(column: Column, names: Sequence[str]) -> int:
+    return max([*map(len, _title_lines(column, names)), *(len(column[1](name) or "") for name in names)])
 
 
 def _columns(figures: Mapping[str, Any]) -> list[list[Column]]:
