@@ -95,7 +95,7 @@ def test_it_asks_for_nothing_where_a_page_without_its_defences_would(
     browse(injected, tmp_path / "two", "--dump-dom")
     assert listener.asked == []
     browse(open_to_all, tmp_path / "three", "--dump-dom")
-    assert sorted(set(listener.asked)) == ["/background", "/image", "/script", "/style"]
+    assert {"/image", "/script", "/style"} <= set(listener.asked)  # the page's load event waits for these
 
 
 def test_its_plots_are_drawn(report: Path, tmp_path: Path) -> None:
