@@ -109,6 +109,7 @@ class ReferenceCache:
     def __init__(self, splits: Mapping[str, Sequence[TokenizedGroup]]) -> None:
         self._splits = dict(splits)
         self._starts = {name: _starts(name, groups) for name, groups in splits.items()}
+        self._lengths = {name: _description(groups)["num_tokens"] for name, groups in splits.items()}
         self._sums: dict[str, torch.Tensor] = {}
 
     @property
@@ -122,18 +123,17 @@ class ReferenceCache:
         Raises:
             UserError: the batch holds a group that was not in the data when training began.
         """
-        starts, sums = self._starts.get(split, {}), self._sums.get(split)
         group, lengths = batch["group"], batch["response_lengths"]
         sizes = torch.bincount(group, minlength=len(batch["prompt_lengths"])).tolist()
         parts = []
-        for index, size in zip(batch["index"].tolist(), sizes, strict=True):
-            start, stop = starts.get(index, (0, 0))
-            if sums is None or stop - start != size:
+        for index, own in zip(batch["index"].tolist(), lengths.cpu().split(sizes), strict=True):
+            start, stop = self._starts.get(split, {}).get(index, (0, 0))
+            if start == stop or not torch.equal(self._lengths[split][start:stop], own):
                 raise UserError(
                     f"group {index} of the {split} data has no cached reference log-probs. Give all data to the "
                     "trainer when it is made, or use objective.reference: adapter_off."
                 )
-            parts.append(sums[start:stop])
+            parts.append(self._sums[split][start:stop])
         longest = torch.zeros_like(batch["prompt_lengths"]).scatter_reduce(0, group, lengths, "amax")
         padded = (batch["prompt_lengths"] + longest)[group]
         return ResponseLogProbs(torch.cat(parts).to(group.device), lengths, padded, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -319,5 +320,9 @@ def test_groups_that_no_cache_holds_are_refused(tiny_model_folder, tmp_path):
     stranger = TokenizedGroup([3, 4], [[5, 2], [6, 2]], [1.0, 0.0], ["a", "b"], index=77)
     with pytest.raises(UserError, match="group 77 of the eval data has no cached reference"):
         held_out.evaluate([stranger])
+    look_alike = dataclasses.replace(held_out.train_dataset[0], response_ids=[[5, 6, 2], [6, 2]])
+    batch = GroupCollator(["a", "b"])([look_alike])
+    with pytest.raises(UserError, match="group 0 of the train data has no cached reference"):
+        held_out.reference_cache.look_up("train", batch)
     with pytest.raises(UserError, match="two groups of the train data have the index 77"):
         trainer([stranger, stranger])
