@@ -26,7 +26,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 #: Doublings of the perplexity under the base, from that of its own text, from which on text counts as fallen apart.
 COLLAPSE = 1.0
-#: What counts as near a goal: at least half of the way, and at most half of it beyond.
+#: What counts as near a goal: nearer to it than to the start, and no further beyond it than that.
 NEAR = (0.5, 1.5)
 SETTINGS = ("bp", "sp", "dp", "d", "p")
 

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from reproduce_claims import SETTINGS
 from reproduce_document import SWEEP, TITLES
 
@@ -33,12 +33,17 @@ def write_figures(results: dict[str, Any], folder: Path) -> None:
 def draw_frontier(figure: Figure, results: dict[str, Any]) -> None:
     """Reward against perplexity: the sweep as a line, the other rows as points."""
     axes, rows = figure.subplots(), results["rows"]
-    _perplexity_axis(axes)
+    axes.set(xscale="log", xlabel="perplexity of the text under the base")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
     points = [_middle(rows[name]) for name in SWEEP]
     axes.plot(*zip(*points, strict=True), color=GREEN, marker="o", markersize=5, label="DP, by rank_weight")
     for (x, y), (name, weight) in zip(points, SWEEP.items(), strict=True):
         axes.scatter(rows[name]["perplexity"], rows[name]["reward"], s=9, color=GREEN, alpha=0.35, linewidths=0)
-        axes.annotate(weight, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", color=GREEN, fontsize=9)
+        left = x < 20  # where the line is steep, the weights stand beside it
+        shift, side = ((-8, -3), "right") if left else ((0, 7), "center")
+        axes.annotate(weight, (x, y), xytext=shift, textcoords="offset points", ha=side, color=GREEN, fontsize=9)
     others = {
         "base": (GREY, "o"),
         "best_of_4": (GREY, "^"),
@@ -52,7 +57,7 @@ def draw_frontier(figure: Figure, results: dict[str, Any]) -> None:
     }
     for name, (color, marker) in others.items():
         axes.scatter(*_middle(rows[name]), color=color, marker=marker, s=50, label=TITLES[name], zorder=3)
-    axes.set(ylabel="reward (VADER) on held-out prompts", title="Reward and perplexity")
+    axes.set(xlim=(7, None), ylabel="reward (VADER) on held-out prompts", title="Reward and perplexity")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
 
 
@@ -79,19 +84,18 @@ def draw_mean_of_max(figure: Figure, results: dict[str, Any]) -> None:
 
 
 def draw_iterations(figure: Figure, results: dict[str, Any]) -> None:
-    """Reward and perplexity, round by round."""
+    """Reward, perplexity and diversity, round by round."""
     rounds = ["base", "ip_1", "ip_2", "ip_3"]
-    for axes, key, label in zip(figure.subplots(1, 2), ("reward", "perplexity"), ("reward (VADER)", None), strict=True):
+    panels = {"reward": "reward (VADER)", "perplexity": "perplexity under the base", "distinct_2": "distinct-2"}
+    for axes, (key, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         by_seed = np.array([results["rows"][name][key] for name in rounds])
         axes.plot(range(4), by_seed, color=GREEN, alpha=0.35, linewidth=1)
         axes.plot(range(4), by_seed.mean(axis=1), color=GREEN, marker="o", linewidth=2)
         axes.set_xticks(range(4), ["base", "IP-1", "IP-2", "IP-3"])
-        if label is None:
-            _perplexity_axis(axes, along="y")
-        else:
-            axes.set_ylabel(label)
-        axes.set_title(f"{'Reward' if key == 'reward' else 'Perplexity'} by round, thin lines: seeds")
+        axes.set_ylim(0, None)
+        axes.set_title(label)
         axes.grid(alpha=0.3)
+    figure.suptitle("Round by round (thin lines: seeds)")
 
 
 def draw_online(figure: Figure, results: dict[str, Any]) -> None:
@@ -122,13 +126,3 @@ FIGURES: dict[str, tuple[float, Callable[[Figure, dict[str, Any]], None]]] = {
 def _middle(row: dict[str, Sequence[float]]) -> tuple[float, float]:
     """A row's point: perplexities are averaged as they are drawn, by their logarithm."""
     return float(np.exp(np.mean(np.log(row["perplexity"])))), float(np.mean(row["reward"]))
-
-
-def _perplexity_axis(axes: Any, along: str = "x") -> None:
-    label = "perplexity of the text under the base"
-    axis = axes.xaxis if along == "x" else axes.yaxis
-    (axes.set_xscale if along == "x" else axes.set_yscale)("log")
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_label_text(label)
-    axes.grid(alpha=0.3)

