@@ -25,6 +25,21 @@ from rrhf_peft.records import UserError
 def make_figures(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
     """The contents of `evaluation.json`.
 
+    Of each policy, over all k responses to every prompt, empty ones included:
+        model, adapter, responses: what it is, and how many responses it gave.
+        train: seconds, peak memory, steps and objective of the run in the adapter's (or model's) folder, or None.
+        rewards: label -> mean over prompts of the mean reward, with a bootstrap interval over prompts.
+        unrewarded: label -> responses that the scorer gave no reward; they do not count.
+        best_of_n: label -> size -> expected reward of the best of n (`best_of.expected_best`).
+        perplexity: of the responses under the judge, every token alike, EOS not counted.
+        reference_perplexity: of the reference answers under the policy, tokenised as training does, EOS included.
+        preference: how p_i orders the labelled groups (`ranking.PreferenceFigures`).
+        distinct_1, distinct_2, repetition (seq-rep-4), words: of the texts (`evaluation.texts`).
+        tokens, unfinished: mean tokens, and the share cut at max_new_tokens.
+
+    Of each comparison in `wins`: shares of win, tie and lose, each the mean over prompts of its share of the pairs
+    (response i against response i); the win rate at equal length; and `failures`, pairs without a verdict.
+
     Raises:
         UserError: files of the folder do not fit together.
     """

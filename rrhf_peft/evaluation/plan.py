@@ -107,7 +107,7 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
         add("samples", name, {**policy, "decoding": decoding, **texts, "seed": section.seed, "prompts_sha256": prompts})
         for label, scorer in section.scorers.items():
             own = scorer.model_dump(mode="json", exclude=set(scorer.EFFORT))
-            reads_model = {"model": own_model} if "policy" in json.dumps(own) else {}
+            reads_model = {"model": own_model} if '"name": "policy"' in json.dumps(own) else {}
             add("scored", name, {"scorer": own, "seed": section.seed, **reads_model}, label)
         if section.perplexity is not None:
             model = section.perplexity.model or own_model

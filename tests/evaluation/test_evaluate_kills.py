@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -119,10 +121,8 @@ def test_killed_again_and_again(uninterrupted, tmp_path, after):
     assert (tmp_path / "out" / "evaluation.json").read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_accelerate_launch_prints_the_json_once(uninterrupted, tmp_path):
-    import subprocess
-    import sys
-
     values, expected = uninterrupted
     values = {**values, "evaluation": {**values["evaluation"], "output": str(tmp_path / "out")}}
     recipe = tmp_path / "recipe.json"  # JSON is YAML

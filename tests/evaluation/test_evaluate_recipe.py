@@ -7,6 +7,7 @@ import math
 import shutil
 import string
 
+import numpy as np
 import pytest
 import torch
 from evaluation.evaluate_recipes import LETTERS, evaluation_recipe, letters, read_rows, write_rows
@@ -20,6 +21,7 @@ from rrhf_peft.evaluation import distinct_n
 from rrhf_peft.evaluation.evaluation import finished_evaluation
 from rrhf_peft.evaluation.ranking import kendall_tau, pair_accuracy
 from rrhf_peft.evaluation.run import evaluate_recipe
+from rrhf_peft.evaluation.wins import length_controlled_win_rate
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.training import train_recipe
@@ -127,11 +129,16 @@ def test_wins_compare_response_i_with_response_i(whole):
         name: [row["responses"] for row in read_rows(folder / "out" / "samples" / f"{name}.jsonl")]
         for name in ("base", "trained")
     }
-    shares = []
+    shares, outcomes, longer = [], [], []
     for own, other in zip(texts["trained"], texts["base"], strict=True):
         pairs = list(zip(letters("", own), letters("", other), strict=True))
         shares.append(sum(mine > theirs for mine, theirs in pairs) / 3)
-    assert evaluation.to_dict()["wins"][0]["win"] == pytest.approx(sum(shares) / 6)
+        outcomes += [0.5 + 0.5 * ((mine > theirs) - (mine < theirs)) for mine, theirs in pairs]
+        longer += [float(len(mine) - len(theirs)) for mine, theirs in zip(own, other, strict=True)]
+    win = evaluation.to_dict()["wins"][0]
+    assert win["win"] == pytest.approx(sum(shares) / 6)
+    at_equal_length = length_controlled_win_rate(np.array(outcomes), np.array(longer), np.full(18, 1 / 3))
+    assert win["length_controlled_win_rate"] == pytest.approx(at_equal_length)
 
 
 @torch.no_grad()
