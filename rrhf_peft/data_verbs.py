@@ -131,6 +131,8 @@ def inspect(
     for name, report in reports.items():
         console.rule(name)
         console.print(report)
+    if recipe.online is not None:
+        return  # the responses are not written yet
     kept = splits["train"]
     shown = next((item for item in kept if group in (None, item.index)), None)
     if shown is None:

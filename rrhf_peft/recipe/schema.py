@@ -260,6 +260,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
         held_out = recipe.data.eval is not None or recipe.data.eval_size is not None
         if training.eval_strategy not in (None, "no") and not held_out:
             yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
+    if recipe.online is not None and recipe.rounds is not None:
+        yield "online", "rounds train on what they have sampled and scored before; remove online or rounds"
     if recipe.online is not None:
         yield from online_contradictions(recipe.online, recipe.data, recipe.adapter, training)
     objective = recipe.objective

@@ -56,5 +56,11 @@ def test_what_cannot_go_together_is_refused_with_the_remedy(sections, message):
         recipe(**sections)
 
 
+def test_rounds_do_not_train_online():
+    values = {"online": {"every": 4, "decoding": SAMPLED, "scorer": RULE}, "rounds": {"output": "runs/rounds"}}
+    with pytest.raises(UserError, match="online: rounds train on what they have sampled .* remove online or rounds"):
+        make_recipe(values, needs=[])
+
+
 def test_checkpoints_at_every_epoch_go_with_any_interval():
     assert recipe(training={"save_strategy": "epoch"}, online={"every": 7}).online.every == 7

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training.online_rules import PROMPTS, online_recipe, write_prompts
+from training.online_rules import PROMPTS, letters, online_recipe, write_prompts
 from training.ranked_files import logged, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -143,7 +143,7 @@ def test_provided_responses_are_scored_and_ranked_with_the_new_ones(tiny_model_f
     assert sources == {"top_p:online", *(("writer-0", "writer-1") if keep else ())}
     for row in rows(run, 0):
         assert row["sampled"] == [source == "top_p:online" for source in row["sources"]]
-        assert all(0 <= reward <= 1 for reward in row["rewards"])  # the rule's, not the file's
+        assert row["rewards"] == letters("", row["responses"])  # the rule's word, not the file's
     assert any("eval_loss" in line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
     again = read_groups(run / "online" / "step-000000.jsonl")
     assert [group.scores for group in again] == [row["scores"] for row in rows(run, 0)]
