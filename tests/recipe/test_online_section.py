@@ -58,7 +58,7 @@ def test_what_cannot_go_together_is_refused_with_the_remedy(sections, message):
 
 def test_rounds_do_not_train_online():
     values = {"online": {"every": 4, "decoding": SAMPLED, "scorer": RULE}, "rounds": {"output": "runs/rounds"}}
-    with pytest.raises(UserError, match="online: rounds train on what they have sampled .* remove online or rounds"):
+    with pytest.raises(UserError, match=r"online: rounds train on what they have sampled .* remove online or rounds"):
         make_recipe(values, needs=[])
 
 
