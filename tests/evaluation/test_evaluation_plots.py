@@ -115,8 +115,9 @@ def test_wins_are_shares_of_their_own_sum() -> None:
 def test_histograms_are_shares_of_the_policys_own_responses() -> None:
     scores = {"base": [0.0] * 10, "after": [0.0, 1.0, math.nan]}
     axes = histogram_figure(scores, styles(list(scores)), label="vader", bins=2).axes[0]
-    filled = axes.containers[1]  # the first policy's bars are behind
-    assert [bar.get_height() for bar in filled] == [50, 50]
+    behind, _, in_front, _ = (steps.get_data().values.tolist() for steps in axes.patches)  # filled, then outlined
+    assert behind == [100, 0]
+    assert in_front == [50, 50]
 
 
 def test_twenty_policies_look_different_and_keep_their_look() -> None:

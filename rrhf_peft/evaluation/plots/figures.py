@@ -212,9 +212,9 @@ def _name_rows(axes: Any, names: Sequence[str]) -> None:
 def _histogram(
     axes: Any, values: np.ndarray, edges: np.ndarray, color: str, alpha: float, name: str, line: int
 ) -> None:
-    weights = np.full(len(values), 100 / max(1, len(values)))
-    axes.hist(values, bins=edges, weights=weights, color=color, alpha=alpha)
-    axes.hist(values, bins=edges, weights=weights, histtype="step", color=color, linewidth=1.2)
+    shares = 100 * np.histogram(values, edges)[0] / len(values)
+    axes.stairs(shares, edges, fill=True, color=color, alpha=alpha, linewidth=0)
+    axes.stairs(shares, edges, color=color, linewidth=1.2)
     axes.axvline(values.mean(), color=color, linewidth=1.4, linestyle=(0, (4, 2)))
     axes.annotate(
         f"{name}, mean {values.mean():.2f}",
