@@ -18,7 +18,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="Folders of training runs, evaluations, rounds or merged models.", show_default=False
+            metavar="RUN", help="Folders of training runs, evaluations, rounds or merged models.", show_default=False
         ),
     ],
     output: Annotated[
@@ -37,7 +37,7 @@ def report(
     [bold]Examples[/bold]
 
       rrhf-peft report runs/quickstart
-      rrhf-peft report runs/evaluation runs/balanced runs/paper --output report.html
+      rrhf-peft report runs/evaluation runs/quickstart -o report.html
     """
     from rrhf_peft.reporting import write_report
 
