@@ -59,3 +59,17 @@ def launched_processes() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, group)
     finally:
         dist.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """Models are loaded whole on every process, although the launcher shards (FSDP) the one that is trained.
+
+    transformers reads this variable, and leaves the weights out on all processes but one where it is set.
+    """
+    sharding = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if sharding is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = sharding

@@ -70,7 +70,7 @@ def write_tables(output: Path, rows: Sequence[Row]) -> None:
     """Write `rounds.json` and `table.md`."""
     values = {"rounds": [row.to_dict() for row in rows]}
     replace_text(output / "rounds.json", json.dumps(values, indent=2) + "\n")
-    columns = [column for column in _COLUMNS if any(column.cell(row) for row in rows)]
+    columns = _shown(_COLUMNS, rows)
     lines = [
         "| policy | " + " | ".join(column.title for column in columns) + " |",
         "|---|" + "---:|" * len(columns),
@@ -82,14 +82,21 @@ def write_tables(output: Path, rows: Sequence[Row]) -> None:
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """For the terminal, with the seconds of training."""
-    columns = [column for column in [*_COLUMNS, _SECONDS] if any(column.cell(row) for row in rows)]
-    table = Table(box=box.SIMPLE, padding=(0, 1))
+    columns = _shown([*_COLUMNS[1:], _SECONDS], rows)  # without the groups, to fit 80 columns
+    table = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("policy", no_wrap=True)
     for column in columns:
-        table.add_column(column.title, justify="right")
+        width = max(len(text) for text in (*column.title.split(), *map(column.cell, rows)))
+        table.add_column(column.title, justify="right", min_width=width)
     for row in rows:
         table.add_row(row.policy, *(column.cell(row) or "-" for column in columns))
     return table
+
+
+def _shown(columns: Sequence[_Column], rows: Sequence[Row]) -> list[_Column]:
+    """Those with something in them; `own` says nothing where the policy wrote all candidates."""
+    all_own = all(row.own == row.candidates for row in rows)
+    return [own for own in columns if any(map(own.cell, rows)) and not (own.title == "own" and all_own)]
 
 
 def _row(recipe: Recipe, folder: RoundFolder, number: int) -> Row:
@@ -162,11 +169,11 @@ def _seconds(row: Row) -> str:
 
 _COLUMNS = (
     _Column("groups", "groups of candidates that the policy was trained on", _number("groups", ",d")),
-    _Column("candidates", "their mean reward", _number("candidates", ".3f")),
-    _Column("own", "mean reward of those that the policy before it wrote", _number("own", ".3f")),
-    _Column("mean of max", "mean over groups of the best candidate's reward", _number("mean_of_max", ".3f")),
+    _Column("mean", "their mean score", _number("candidates", ".3f")),
+    _Column("own", "mean score of those that the policy before it wrote", _number("own", ".3f")),
+    _Column("mean of max", "mean over groups of the best candidate's score", _number("mean_of_max", ".3f")),
     _Column("held-out reward", "on the evaluation's prompts, with its bootstrap interval", _interval),
-    _Column("perplexity", "of its answers to them, under the evaluation's judge", _number("perplexity", ".2f")),
-    _Column("pair accuracy", "share of labelled pairs that its p_i orders right", _number("pair_accuracy", ".3f")),
+    _Column("ppl", "perplexity of its answers to them under the evaluation's judge", _number("perplexity", ".2f")),
+    _Column("pairs", "share of labelled pairs that its p_i orders right", _number("pair_accuracy", ".3f")),
 )
 _SECONDS = _Column("train s", "seconds of training; > where it was resumed", _seconds)
