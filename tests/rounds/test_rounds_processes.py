@@ -57,8 +57,9 @@ def numbers(folder):
 
 
 def same_rounds(one, two):
-    for name in ("candidates.jsonl", "scored.jsonl"):
-        assert read_rows(two / "round-1" / name) == read_rows(one / "round-1" / name)
+    scored = [read_rows(folder / "round-1" / "scored.jsonl") for folder in (one, two)]
+    for name in ("prompt", "responses", "scores", "sources"):
+        assert [row[name] for row in scored[1]] == [row[name] for row in scored[0]]
     for expected, got in zip(numbers(one.parent), numbers(two.parent), strict=True):
         for name, value in expected.items():
             assert got[name] == (value if isinstance(value, str | None) else pytest.approx(value, rel=1e-4)), name
