@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rrhf_peft.collecting.processes import Processes, launched_processes
+from rrhf_peft.collecting.processes import Processes, launched_processes, whole_models
 from rrhf_peft.collecting.sample_join import Sampled, joined_row
 from rrhf_peft.collecting.sample_policies import (
     PolicyLoader,
@@ -75,7 +75,7 @@ def sample_recipe(
     if output.suffix != ".jsonl":
         raise UserError(f"sampling.output: {output} must end with .jsonl, which is what is written.")
     folder = output.with_name(f"{output.name}.stages")
-    with launched_processes() as processes:
+    with launched_processes() as processes, whole_models():
         if processes.is_main and overwrite:
             shutil.rmtree(folder, ignore_errors=True)
             output.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rrhf_peft.collecting.processes import Processes, launched_processes
+from rrhf_peft.collecting.processes import Processes, launched_processes, whole_models
 from rrhf_peft.collecting.score_finish import LEAST_RESPONSES, finished_rows
 from rrhf_peft.collecting.score_input import Candidates, read_candidates
 from rrhf_peft.collecting.score_progress import group_progress
@@ -77,7 +77,7 @@ def score_recipe(
     """
     assert recipe.scoring is not None, "load_recipe(needs=['scoring'])"
     section, console = recipe.scoring, console or Console(stderr=True)
-    with launched_processes() as processes:
+    with launched_processes() as processes, whole_models():
         return _score(recipe, section, processes, console, overwrite, least_responses)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rrhf_peft.collecting.processes import launched_processes
+from rrhf_peft.collecting.processes import launched_processes, whole_models
 from rrhf_peft.collecting.sample import sample_recipe
 from rrhf_peft.collecting.score import score_recipe
 from rrhf_peft.evaluation.evaluation import Evaluation, finished_evaluation
@@ -46,7 +46,7 @@ def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console
     Raises:
         UserError: anything the user can mend, told before the work where it can be known then.
     """
-    with launched_processes() as processes:
+    with launched_processes() as processes, whole_models():
         quiet = Console(quiet=True)
         console = console if console is not None and processes.is_main else quiet
         plan = make_plan(recipe)

@@ -74,7 +74,7 @@ def open_rounds(output: Path, recipe: Recipe, *, overwrite: bool) -> None:
     if held and overwrite:
         output.rename(retired)
         shutil.rmtree(retired)
-    elif held:
+    elif any(path.name != RECIPE for path in held):  # else it was refused before its first stage, and mended since
         _refuse_changes(output, recipe)
     try:
         replace_text(output / RECIPE, recipe_text(recipe))

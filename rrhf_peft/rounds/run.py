@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rrhf_peft.collecting.processes import Processes, launched_processes, whole_models
+from rrhf_peft.collecting.processes import Processes, launched_processes
 from rrhf_peft.collecting.sample import sample_recipe
 from rrhf_peft.collecting.score import score_recipe
 from rrhf_peft.evaluation.folder import TABLE
@@ -139,8 +139,7 @@ class _Rounds:
         is_written = output.exists()
         self.processes.wait_for_all()
         if not is_written:
-            with whole_models():
-                work()
+            work()
         elif self.processes.is_main:
             shutil.rmtree(output.with_name(f"{output.name}.{leftovers}"), ignore_errors=True)
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from rrhf_peft.cli import app
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
+from rrhf_peft.rounds.folder import open_rounds
 from rrhf_peft.rounds.run import run_rounds
 
 
@@ -125,3 +126,15 @@ def test_progress_names_round_and_stage(tiny_model_folder, tmp_path, capsys):
     for stage in ("sample", "score", "train"):
         assert f"round-1: {stage}" in told
     assert "train s" in told
+
+
+def test_a_recipe_that_was_refused_before_its_first_stage_can_be_mended(tiny_model_folder, tmp_path):
+    output = tmp_path / "rounds"
+    wrong = round_recipe(tiny_model_folder, tmp_path, prompts=4, rounds={"count": 1, "prompts_per_round": 3})
+    mended = round_recipe(tiny_model_folder, tmp_path, prompts=4, rounds={"count": 1, "prompts_per_round": 2})
+    open_rounds(output, wrong, overwrite=False)
+    open_rounds(output, mended, overwrite=False)
+    assert make_recipe(yaml.safe_load((output / "recipe.yaml").read_text()), needs=NEEDS) == mended
+    (output / "round-1").mkdir()
+    with pytest.raises(UserError, match=r"rounds\.prompts_per_round was 2 and is 3"):
+        open_rounds(output, wrong, overwrite=False)
