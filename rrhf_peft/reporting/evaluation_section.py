@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from rrhf_peft.evaluation.plots import EvaluationFolder, Style, WinRow, evaluation_plots
+from rrhf_peft.evaluation.plots import EvaluationFolder, Plot, Style, WinRow, evaluation_plots
+from rrhf_peft.evaluation.plots.canvas import WIDTH
 from rrhf_peft.evaluation.plots.folder import PolicyNumbers
 from rrhf_peft.reporting.blocks import Examples, Paragraph, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.reporting.examples import examples
@@ -34,6 +35,11 @@ class _Column(NamedTuple):
     cell: Callable[[str, PolicyNumbers], str]
 
 
+def _is_wide(plot: Plot) -> bool:
+    """Whether it takes the page's whole width: a histogram of one or two policies is drawn for half of it."""
+    return plot.name in _WIDE_PLOTS and bool(plot.figure.get_figwidth() > WIDTH)
+
+
 def evaluation_section(
     name: str, evaluation: EvaluationFolder, look: Mapping[str, Style], anchor: str, *, title: str
 ) -> Section:
@@ -49,7 +55,7 @@ def evaluation_section(
         pictures = [
             picture(plot.figure, plot.description, _CAPTIONS.get(plot.name, ""), wide=wide)
             for plot in drawn
-            if (plot.name in _WIDE_PLOTS) is wide
+            if _is_wide(plot) is wide
         ]
         if pictures:
             blocks.append(Pictures(pictures))

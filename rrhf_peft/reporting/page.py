@@ -17,7 +17,7 @@ from rrhf_peft.files import replace_text
 from rrhf_peft.records import UserError
 from rrhf_peft.reporting import data_section, evaluation_section, rounds_section, training_section
 from rrhf_peft.reporting.blocks import Facts, Paragraph, Section
-from rrhf_peft.reporting.runs import Runs, read_runs
+from rrhf_peft.reporting.runs import Runs, read_runs, run_names
 
 #: By this the page is known as a report, and only a report is replaced by the next one.
 GENERATOR = '<meta name="generator" content="rrhf-peft report">'
@@ -43,7 +43,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     target = output if output is not None else paths[0] / "report.html"
     runs = read_runs(paths)  # first: a wrong folder is what a user would want to hear of
     _refuse_other_files(target)
-    title = "Report on " + _listed([path.resolve().name for path in paths])
+    title = "Report on " + _listed(run_names(paths))
     replace_text(target, render(title, summary(runs), sections(runs), versions(runs)))
     return target
 

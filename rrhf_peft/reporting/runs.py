@@ -62,7 +62,7 @@ def read_runs(paths: Sequence[Path]) -> Runs:
         UserError: a folder is none of those that can be reported on, or is damaged.
     """
     paths = list({path.resolve(): path for path in paths}.values())
-    named = dict(zip(_names(paths), paths, strict=True))
+    named = dict(zip(run_names(paths), paths, strict=True))
     kinds = {name: _kind(path) for name, path in named.items()}
     of = {kind: {name: path for name, path in named.items() if kinds[name] == kind} for kind in _LOOK}
     evaluations = {name: read_evaluation(path) for name, path in of["evaluation"].items()}
@@ -108,7 +108,7 @@ def _read_rounds(path: Path) -> RoundsRun:
     return RoundsRun(path, rows, runs, evaluation, evaluation.headline if evaluation else None)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def run_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of each path, as many as it takes to tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):

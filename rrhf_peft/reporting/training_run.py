@@ -30,6 +30,7 @@ class TrainingRun:
         data: `train` and, with held-out data, `eval` -> what their data report says.
         steps: The logs of optimizer steps: `step`, `loss` and the objective's metrics.
         held_out: The logs of evaluations while training: `step` and metrics, `eval_` taken off their names.
+        refreshes: The logs of online training, one for each time that the policy answered anew.
         closing: The summary at the end; empty where the run has not ended.
         merge: What merge_report.json in the folder says, or None.
         peft_version: By which the adapter was saved, or None.
@@ -41,13 +42,16 @@ class TrainingRun:
     data: dict[str, dict[str, Any]]
     steps: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+    refreshes: list[dict[str, Any]]
     closing: dict[str, Any]
     merge: dict[str, Any] | None
     peft_version: str | None
 
-    def series(self, metric: str, *, held_out: bool = False) -> tuple[list[float], list[float]]:
+    def series(
+        self, metric: str, *, held_out: bool = False, refreshes: bool = False
+    ) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and is a finite number."""
-        logs = self.held_out if held_out else self.steps
+        logs = self.held_out if held_out else self.refreshes if refreshes else self.steps
         kept = [(entry["step"], entry[metric]) for entry in logs if is_number(entry.get(metric))]
         return [step for step, _ in kept], [value for _, value in kept]
 
@@ -82,6 +86,7 @@ def read_training_run(path: Path) -> TrainingRun:
         data={name: report for name, report in read_object(path / DATA_REPORT).items() if isinstance(report, dict)},
         steps=[entry for entry in logs if "loss" in entry],
         held_out=held_out,
+        refreshes=[entry for entry in logs if "refresh" in entry],
         closing=next((entry for entry in reversed(logs) if "train_runtime" in entry), {}),
         merge=read_object(path / MERGE_REPORT) if (path / MERGE_REPORT).is_file() else None,
         peft_version=str(adapter["peft_version"]) if "peft_version" in adapter else None,

@@ -30,10 +30,18 @@ _TITLES = {
     "best_hit_rate": "Best response likeliest, share of groups",
     "active_pairs": "Pairs with a gradient, share",
 }
+#: What online training logs at each refresh.
+_ONLINE_TITLES = {
+    "rewards/mean": "Reward of the policy's answers",
+    "rewards/max": "Reward of each group's best",
+    "kl/response": "KL to the adapter-off policy, nats per answer",
+    "response_tokens": "Tokens of an answer",
+    "groups_without_pairs": "Groups without an ordered pair, share",
+}
 
 
 def training_section(runs: Mapping[str, TrainingRun], look: Mapping[str, Style], anchor: str) -> Section:
-    """All runs: a table, the curves, and log-probs by source."""
+    """All runs: a table, the curves, what online training sampled, and log-probs by source."""
     blocks = _tables(runs, look)
     panels = _panels(runs)
     if panels:
@@ -41,7 +49,7 @@ def training_section(runs: Mapping[str, TrainingRun], look: Mapping[str, Style],
         blocks.append(
             Pictures([picture(curves_figure(panels, look), f"Training curves. {said}.", _how_drawn(runs), wide=True)])
         )
-    pictures = _source_pictures(runs, look)
+    pictures = [*_online_pictures(runs, look), *_source_pictures(runs, look)]
     if pictures:
         blocks.append(Pictures(pictures))
     return Section("Training", anchor, blocks)
@@ -140,6 +148,24 @@ def _panels(runs: Mapping[str, TrainingRun]) -> dict[str, dict[str, Curve]]:
         if any(len(curve.values) > 1 or len(curve.held_out_values) > 1 for curve in drawn.values()):
             panels[_TITLES.get(metric, metric)] = drawn
     return panels
+
+
+def _online_pictures(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[Picture]:
+    """What the policy answered while it was trained, refresh by refresh; nothing without online training."""
+    panels = {
+        title: {
+            name: Curve(*series) for name, run in runs.items() if len((series := run.series(metric, refreshes=True))[0])
+        }
+        for metric, title in _ONLINE_TITLES.items()
+    }
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        return []
+    rewards = next(iter(panels.values()))
+    said = "; ".join(f"{name}: {curve.values[0]:.3f} to {curve.values[-1]:.3f}" for name, curve in rewards.items())
+    what = "The policy's own answers while it was trained, at each refresh"
+    description = f"{what}. {next(iter(panels))}: {said}."
+    return [picture(curves_figure(panels, look), description, f"{what}.", wide=len(panels) > 1)]
 
 
 def _source_pictures(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[Picture]:

@@ -212,3 +212,26 @@ def test_rounds_show_reward_from_round_to_round(trained_run: Path, tmp_path: Pat
     assert "Recipe of round-1" in page.text
     for answer in ("base 0", "round-1 0", "round-2 0"):  # side by side, out of three evaluations
         assert answer in page.text
+
+
+def test_online_training_shows_what_the_policy_answered(trained_run: Path, tmp_path: Path, run_page: Page) -> None:
+    folder = tmp_path / "online"
+    shutil.copytree(trained_run, folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, reward in ((0, 0.25), (8, 0.75)):
+            logged = {"step": step, "refresh": float(step), "rewards/mean": reward, "kl/response": float(step)}
+            file.write(json.dumps(logged) + "\n")
+    page = Page(write_report([folder]))
+    [said] = [alt for alt in page.pictures() if alt.startswith("The policy's own answers")]
+    assert "online: 0.250 to 0.750" in said
+    assert not [alt for alt in run_page.pictures() if alt.startswith("The policy's own answers")]
+
+
+def test_one_histogram_takes_half_the_width_and_several_all_of_it(tmp_path: Path) -> None:
+    widths = []
+    for names in (["base", "after"], ["base", "after", "other"]):
+        folder = write_evaluation(tmp_path / f"of-{len(names)}", {name: policy(0.5) for name in names})
+        source = Page(write_report([folder])).source
+        [found] = re.findall(r'<figure( class="wide")?><div class="scroll"><img src="[^"]*" alt="Histograms', source)
+        widths.append(found)
+    assert widths == ["", ' class="wide"']
