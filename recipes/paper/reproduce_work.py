@@ -80,8 +80,14 @@ class Setup:
 
 
 def start_worker() -> None:
-    """Once in each worker process: one thread, and a quiet end at Ctrl-C, of which the driver speaks for all."""
+    """Once in each worker process: one thread, and a quiet end at Ctrl-C, of which the driver speaks for all.
+
+    All that any row needs is imported now, so that a row's seconds are its own.
+    """
     import torch
+
+    import rrhf_peft.evaluation.run
+    import rrhf_peft.rounds.run  # noqa: F401
 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     torch.set_num_threads(1)
