@@ -166,6 +166,7 @@ def test_patterns_in_another_order_are_another_recipe(tmp_path):
     first = {"scorer": {"name": "source", "scores": {"a*": 1.0, "*": 0.0}}}
     second = {"scorer": {"name": "source", "scores": {"*": 0.0, "a*": 1.0}}}
     open_rounds(tmp_path / "rounds", round_recipe(MODEL, tmp_path, scoring=first), overwrite=False)
+    (tmp_path / "rounds" / "round-1").mkdir()
     open_rounds(tmp_path / "rounds", round_recipe(MODEL, tmp_path, scoring=first), overwrite=False)
     with pytest.raises(UserError, match="another order"):
         open_rounds(tmp_path / "rounds", round_recipe(MODEL, tmp_path, scoring=second), overwrite=False)
@@ -173,6 +174,7 @@ def test_patterns_in_another_order_are_another_recipe(tmp_path):
 
 def test_what_changes_no_result_may_change(tmp_path):
     open_rounds(tmp_path / "rounds", round_recipe(MODEL, tmp_path), overwrite=False)
+    (tmp_path / "rounds" / "round-1").mkdir()
     changes = {"rounds": {"count": 5}, "sampling": {"batch_tokens": 64}, "training": {"logging_steps": 5}}
     open_rounds(tmp_path / "rounds", round_recipe(MODEL, tmp_path, **changes), overwrite=False)
 
