@@ -43,7 +43,7 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 bench: $(READY) ## Measure the engine against the plain step: queries/s and peak memory
 	@$(BIN)/python tests/bench/step_bench.py
 
-reproduce: $(READY) ## Run the RRHF paper's tables at small scale: MODEL= STORIES= SEEDS="0 1 2" BRIEF=1
+reproduce: $(READY) ## Run the RRHF paper's tables at small scale: MODEL= STORIES= SEEDS="0 1 2 3 4" BRIEF=1
 	@$(BIN)/python recipes/paper/reproduce.py $(if $(MODEL),--model '$(MODEL)') $(if $(STORIES),--stories '$(STORIES)') \
 	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BRIEF),--brief)
 

@@ -13,6 +13,7 @@ numbers (`reproduce_results`), verdicts (`reproduce_claims`), plots and document
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.document or (output if options.brief else HERE)
     setup = Setup(options.model, output, tuple(overrides))
     try:
+        if options.only_document:
+            _write_document(json.loads((folder / "results.json").read_text(encoding="utf-8")), folder)
+            return 0
         write_stories(options.stories, output / "stories", train=train, held_out=held_out)
         if options.only_stories:
             return 0
@@ -87,7 +91,7 @@ def run_all(setup: Setup, seeds: Sequence[int], workers: int, rows: Sequence[str
         UserError: of the first row that fails; what others have finished is kept.
     """
     jobs = [(name, seed) for seed in seeds for name in rows]
-    done = {job for job in jobs if setup.seconds(ROWS[job[0]], job[1]) is not None}
+    done = {job for job in jobs if setup.done(ROWS[job[0]], job[1]) is not None}
     if done:
         print(f"{len(done)} of {len(jobs)} rows are finished already", flush=True)
     progress = _Progress(jobs, done, workers)
@@ -191,13 +195,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stories", default=HUB_STORIES, help=f"JSON list of stories, or hub data set; default {HUB_STORIES}"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default 0 1 2 3 4")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each; default 2")
     parser.add_argument("--output", type=Path, help="where all runs go; default runs/reproduce, or -brief")
     parser.add_argument("--document", type=Path, help="where README.md, results.json and figures go; default: here")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="only these, and what they read")
     parser.add_argument("--brief", action="store_true", help="few prompts and steps: whether it runs, no more")
     parser.add_argument("--only-stories", action="store_true", help="write the prompts that recipes read, and stop")
+    parser.add_argument(
+        "--only-document", action="store_true", help="make README.md and figures from results.json again"
+    )
     parser.add_argument(
         "--set",
         action="append",

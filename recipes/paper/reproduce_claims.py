@@ -180,7 +180,8 @@ def kl(results: dict[str, Any]) -> Claim:
 def reward_model(results: dict[str, Any]) -> Claim:
     """The trained policy's p_i orders held-out pairs better than the base's."""
     gain = _differences(results["rows"]["dp"]["pair_accuracy"], results["rows"]["base"]["pair_accuracy"])
-    part = Part("share of pairs ordered right by DP's p_i, less the base's", gain, low=0.0)
+    what = "pairs ordered right by DP's p_i less those by the base's, in percent of all"
+    part = Part(what, [100 * value for value in gain], low=0.0)
     return Claim("reward model", "RRHF raises reward model accuracy.", (part,))
 
 

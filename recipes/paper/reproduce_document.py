@@ -175,7 +175,7 @@ def reward_model_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
 
 def seconds_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
     """How long each row took, sampling, scoring, training and evaluation together."""
-    rows = [["row", "seconds on one core, by seed"]]
+    rows = [["row", "seconds of one core, by seed"]]
     rows += [
         [f"[{name}](small/{name}.yaml)", " ".join(f"{own:.0f}" for own in results["seconds"][name])] for name in ROWS
     ]

@@ -58,15 +58,15 @@ def collect_results(setup: Setup, seeds: Sequence[int], prompts: Mapping[str, in
 
 
 def _seconds(setup: Setup, name: str, seed: int) -> float:
-    """All verbs of a row together.
+    """The processor's seconds for all verbs of a row together.
 
     Raises:
         UserError: the row is not finished, or its recipe was changed since.
     """
-    seconds = setup.seconds(ROWS[name], seed)
-    if seconds is None:
+    done = setup.done(ROWS[name], seed)
+    if done is None:
         raise UserError(f"row {name}, seed {seed}: its recipe was changed while it ran. Run the same command again.")
-    return round(sum(seconds.values()), 1)
+    return float(done["processor_seconds"])
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -70,13 +70,13 @@ class Setup:
             digest.update(self.fingerprint(ROWS[name], seed).encode())
         return digest.hexdigest()
 
-    def seconds(self, row: Row, seed: int) -> dict[str, float] | None:
-        """What each verb took, where this very row is finished; else None."""
+    def done(self, row: Row, seed: int) -> dict[str, Any] | None:
+        """What was noted of this very row when it was finished; None where it is not, or was with another recipe."""
         record = self.folder(seed, row.name) / DONE
         if not record.is_file():
             return None
-        done = json.loads(record.read_text(encoding="utf-8"))
-        return done["seconds"] if done["fingerprint"] == self.fingerprint(row, seed) else None
+        done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return done if done["fingerprint"] == self.fingerprint(row, seed) else None
 
 
 def start_worker() -> None:
@@ -94,7 +94,9 @@ def start_worker() -> None:
 
 
 def run_row(setup: Setup, name: str, seed: int) -> dict[str, float]:
-    """Do what the row's recipe has sections for, and note the seconds that each verb took.
+    """Do what the row's recipe has sections for, and return the seconds that each verb took.
+
+    Noted are also the processor's seconds: on a machine that has other work to do they say what the row costs.
 
     Raises:
         UserError: anything the user can mend.
@@ -108,12 +110,17 @@ def run_row(setup: Setup, name: str, seed: int) -> dict[str, float]:
     if not begun.is_file() or json.loads(begun.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
         shutil.rmtree(folder, ignore_errors=True)  # made from another recipe, or not by this script
         replace_text(begun, json.dumps({"fingerprint": fingerprint}) + "\n")
-    recipe, seconds = setup.recipe(row, seed), {}
+    recipe, seconds, processor = setup.recipe(row, seed), {}, time.process_time()
     for verb, work in _verbs(recipe):
         began = time.monotonic()
         work(recipe)
         seconds[verb] = round(time.monotonic() - began, 1)
-    replace_text(folder / DONE, json.dumps({"fingerprint": fingerprint, "seconds": seconds}) + "\n")
+    done = {
+        "fingerprint": fingerprint,
+        "seconds": seconds,
+        "processor_seconds": round(time.process_time() - processor, 1),
+    }
+    replace_text(folder / DONE, json.dumps(done) + "\n")
     return seconds
 
 

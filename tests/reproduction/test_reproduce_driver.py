@@ -73,6 +73,7 @@ def test_rows_named_bring_what_they_need(seed_folder: Path) -> None:
     assert (seed_folder / "p" / "run" / "adapter_model.safetensors").is_file()
     done = json.loads((seed_folder / "p" / "done.json").read_text())
     assert set(done["seconds"]) == {"train", "evaluate"}
+    assert done["processor_seconds"] > 0
 
 
 def test_the_best_of_four_is_the_evaluations(seed_folder: Path) -> None:
@@ -120,14 +121,14 @@ def test_what_is_finished_is_not_done_again_and_the_rest_continues(
 
 
 def test_a_changed_recipe_is_another_row_and_so_are_its_readers(seed_folder: Path, few: list[str]) -> None:
-    assert setup_of(few).seconds(ROWS["p"], 3) is not None
+    assert setup_of(few).done(ROWS["p"], 3) is not None
     longer = setup_of(few, "training.learning_rate=1e-3")
-    assert longer.seconds(ROWS["provided"], 3) is not None  # trains nothing
-    assert longer.seconds(ROWS["p"], 3) is None
+    assert longer.done(ROWS["provided"], 3) is not None  # trains nothing
+    assert longer.done(ROWS["p"], 3) is None
     other = setup_of(few, "scoring.seed=5")
-    assert other.seconds(ROWS["provided"], 3) is None
-    assert other.seconds(ROWS["p"], 3) is None  # reads what it writes
-    assert setup_of(few).seconds(ROWS["p"], 4) is None
+    assert other.done(ROWS["provided"], 3) is None
+    assert other.done(ROWS["p"], 3) is None  # reads what it writes
+    assert setup_of(few).done(ROWS["p"], 4) is None
 
 
 def test_an_error_names_the_row_and_keeps_the_rest(
