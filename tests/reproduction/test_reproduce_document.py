@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import reproduce
 from reproduce_claims import all_claims
 from reproduce_document import PARTS, document
 from reproduce_figures import FIGURES, write_figures
@@ -35,6 +37,15 @@ def numbers() -> str:
 
 def test_the_document_is_made_from_the_results(readme: str, results: dict[str, Any], numbers: str) -> None:
     assert document(readme, results, numbers) == readme
+
+
+def test_it_can_be_made_again_without_a_run(readme: str, tmp_path: Path) -> None:
+    shutil.copy(PAPER / "results.json", tmp_path)
+    assert reproduce.main(["--only-document", f"--document={tmp_path}"]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == readme
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        path.name for path in (PAPER / "figures").iterdir()
+    }
 
 
 def test_another_result_makes_another_document(readme: str, results: dict[str, Any], numbers: str) -> None:
