@@ -57,11 +57,14 @@ def train(
     if ignore_changes and not resume:
         raise typer.BadParameter("only means something with --resume", param_hint="--ignore-changes")
 
+    from accelerate import PartialState
+
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.training import train_recipe
 
     checked = load_recipe(recipe, overrides or [])
     outcome = train_recipe(checked, resume=resume, overwrite=overwrite, ignore_changes=ignore_changes)
+    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
     if process_index() == 0:
         folder = outcome.run_folder
         typer.echo(f"Done: {folder}")

@@ -49,6 +49,7 @@ def rounds(
     there have one row for each. A run that was killed, in whatever stage,
     continues when the same command is given again.
     """
+    from accelerate import PartialState
     from rich.console import Console
 
     from rrhf_peft.recipe import load_recipe
@@ -57,6 +58,7 @@ def rounds(
 
     needs = ["rounds", "model", "sampling", "scoring"]
     outcome = run_rounds(load_recipe(recipe, overrides or [], needs=needs), overwrite=overwrite)
+    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
     if process_index() != 0:
         return
     if as_json:
