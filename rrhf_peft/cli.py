@@ -1,29 +1,32 @@
-"""The `rrhf-peft` command: one thin function per verb.
+"""The `rrhf-peft` command: the verbs with their arguments, their help and one call each.
 
-Heavy imports stand inside the verbs, so that help comes at once. Left to others: what a verb does
-(the package it names), `sample`, `score`, `train`, `evaluate` and `report` (modules of these names), `rounds`
-(`rrhf_peft.rounds.command`), `convert` and `inspect` (`rrhf_peft.data_verbs`), errors and exit codes
-(`rrhf_peft.console`).
+`python -m rrhf_peft.VERB` and `accelerate launch -m rrhf_peft.VERB` are the same commands. Heavy imports stand
+inside the verbs, so that help comes at once.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from rrhf_peft import __version__
-from rrhf_peft.console import AsJson, plain_errors, print_json
-from rrhf_peft.data_verbs import convert, inspect
-from rrhf_peft.evaluate import evaluate
-from rrhf_peft.report import report
-from rrhf_peft.rounds.command import rounds
-from rrhf_peft.sample import sample
-from rrhf_peft.score import score
-from rrhf_peft.train import Overrides, RecipeFile, train
+from rrhf_peft.console import AsJson, plain_errors, print_json, process_index
+
+if TYPE_CHECKING:
+    from rrhf_peft.recipe import Recipe
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+
+
+def _overrides(examples: str) -> Any:
+    help = f"Changes to the recipe, for example {examples}."
+    return typer.Argument(metavar="KEY=VALUE", help=help, show_default=False)
+
 
 app = typer.Typer(
     name="rrhf-peft",
@@ -68,22 +71,248 @@ def demo(
 
     Afterwards recipes/quickstart.yaml trains on what it left in runs/demo.
     """
-    from rrhf_peft.quickstart import run_demo
+    from rrhf_peft.demo.run import run_demo
 
     run_demo(output)
 
 
-app.command()(convert)
-app.command()(sample)
-app.command()(score)
-app.command()(inspect)
+@app.command()
+@plain_errors()
+def convert(
+    source: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA...", help="Files, folders of them, or hub ids.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The ranked file to write (.jsonl).", show_default=False)
+    ],
+    data_format: Annotated[
+        str, typer.Option("--format", help="Format of the data; auto recognises the columns.")
+    ] = "auto",
+    split: Annotated[str, typer.Option(help="Split to read from folders and hub ids.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    max_groups: Annotated[int | None, typer.Option(min=1, help="Read only the first this many groups.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn public preference data of many formats into one ranked file: prompt, responses, scores, sources.
+
+    Other columns are not kept, and responses without a rating are left out; both are reported.
+    Recipes read the same formats directly (data.format), so converting is for looking, mixing and editing.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft convert berkeley-nest/Nectar --output nectar.jsonl --max-groups 5000
+      rrhf-peft convert ready.trees.jsonl.gz --format oasst -o oasst.jsonl
+      rrhf-peft convert PKU-Alignment/PKU-SafeRLHF --format pku_saferlhf:safer -o safer.jsonl
+    """
+    from rrhf_peft.data import convert as convert_data
+
+    report = convert_data(
+        source,
+        output=output,
+        format=data_format,
+        split=split,
+        revision=revision,
+        max_groups=max_groups,
+        overwrite=overwrite,
+    )
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        Console().print(report)
+
+
+@app.command()
+@plain_errors()
+def sample(
+    recipe: RecipeFile,
+    overrides: Annotated[list[str] | None, _overrides("sampling.seed=1 or sampling.max_prompts=100")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output and start from nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")] = False,
+) -> None:
+    """Sample candidate responses for a list of prompts, from one or more policies.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft sample recipes/sampling/dp.yaml
+      rrhf-peft sample recipes/sampling/dp.yaml sampling.max_prompts=100
+
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.sample recipes/sampling/dp.yaml
+
+    A run that was killed continues when the same command is given again.
+    """
+    from rich.console import Console
+
+    from rrhf_peft.recipe import load_recipe
+    from rrhf_peft.sample.run import sample_recipe
+
+    checked = load_recipe(recipe, overrides or [], needs=["sampling"])
+    outcome = sample_recipe(checked, overwrite=overwrite, console=Console(stderr=True))
+    if process_index() != 0:
+        return
+    if as_json:
+        figures = {"output": str(outcome.output), "halvings": outcome.halvings, **outcome.report.to_dict()}
+        typer.echo(json.dumps(figures, ensure_ascii=False, indent=2))
+        return
+    Console().print(outcome.report.table())
+    if outcome.halvings:
+        typer.echo(f"Memory ran out {outcome.halvings} times and the batches were made smaller: lower batch_tokens.")
+    typer.echo(f"Done: {outcome.output}")
+
+
+@app.command()
+@plain_errors()
+def score(
+    recipe: RecipeFile,
+    overrides: Annotated[list[str] | None, _overrides("scoring.input=my.jsonl or scoring.max_groups=100")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output, and start again where one was begun.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score candidate responses: by a reward model, a judge, a rule, a policy, people, or several of these.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft score recipes/scoring/rule.yaml
+      rrhf-peft score recipes/scoring/reward_model.yaml scoring.max_groups=100
+
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.score recipes/scoring/reward_model.yaml
+
+    The output (scoring.output) trains as it is. A run that was killed
+    continues when the same command is given again.
+    """
+    from rich.console import Console
+
+    from rrhf_peft.recipe import load_recipe
+    from rrhf_peft.score.run import score_recipe
+
+    outcome = score_recipe(load_recipe(recipe, overrides or [], needs=["scoring"]), overwrite=overwrite)
+    if process_index() != 0:
+        return
+    if as_json:
+        paths = {name: str(path) for name in ("output", "failures", "sheet") if (path := getattr(outcome, name))}
+        report = outcome.report.to_dict() if outcome.report else None
+        print_json({**paths, "report": report})
+    elif outcome.sheet is not None:
+        typer.echo(f"Sheet: {outcome.sheet}")
+        typer.echo(
+            "Next: give everyone a copy to fill (1 is best, ties allowed); keep the .key.jsonl beside the sheet."
+        )
+        typer.echo("Then: name the filled copies in scoring.scorer.annotations and run the same command.")
+    else:
+        Console().print(outcome.report)
+        if outcome.failures is not None:
+            typer.echo(f"Failures: {outcome.failures}")
+        typer.echo(f"Done: {outcome.output}")
+
+
+@app.command()
+@plain_errors()
+def inspect(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe (.yaml) or a ranked data file.", show_default=False),
+    ],
+    overrides: Annotated[list[str] | None, _overrides("data.template=hh or data.max_tokens=64")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", "--model", help="With a data file: the model or tokenizer to count tokens with."),
+    ] = None,
+    group: Annotated[int | None, typer.Option(help="Show the group with this index instead of the first kept.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the scores by source and by length into this picture (.png, .svg).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show ranked data and what training will see of it.
+
+    A data file: its scores, sources, length bias, ties and repetition, in any format
+    that recipes read. A recipe, or a data file with --tokenizer: the data report,
+    and one group with its tokens, roles and mask.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft inspect my_ranked.jsonl --plot scores.png
+      rrhf-peft inspect recipes/quickstart.yaml
+      rrhf-peft inspect recipes/quickstart.yaml data.max_tokens=64 --group 7
+      rrhf-peft inspect my_ranked.jsonl --tokenizer runs/demo/base
+
+    A data file takes the same changes as a recipe, for example data.template=hh.
+    """
+    from rrhf_peft.data import plot_scores, ranked_statistics, render_example
+    from rrhf_peft.modeling import load_tokenizer
+    from rrhf_peft.records import UserError
+    from rrhf_peft.train.splits import read_splits, tokenize_splits
+
+    recipe = _recipe_to_inspect(source, overrides or [], tokenizer)
+    is_data = source.suffix not in (".yaml", ".yml")
+    console = Console()
+    if is_data and tokenizer is None and group is not None:
+        raise UserError("--group shows a group as tokens, so say whose: add --tokenizer NAME (a hub id or a folder).")
+    groups = read_splits(recipe)
+    if plot is not None:
+        plot_scores(groups["train"], plot)
+    if is_data and not (as_json and tokenizer):
+        statistics = ranked_statistics(groups["train"])
+        if as_json:
+            print_json(statistics.to_dict())
+        else:
+            console.print(statistics)
+    if is_data and tokenizer is None:
+        return
+    loaded = load_tokenizer(
+        recipe.model.tokenizer or recipe.model.name,
+        revision=recipe.model.revision if recipe.model.tokenizer is None else None,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    splits, reports = tokenize_splits(recipe, groups, loaded)
+    if as_json:
+        print_json({name: report.to_dict() for name, report in reports.items()})
+        return
+    for name, report in reports.items():
+        console.rule(name)
+        console.print(report)
+    if recipe.online is not None:
+        return  # the responses are not written yet
+    kept = splits["train"]
+    shown = next((item for item in kept if group in (None, item.index)), None)
+    if shown is None:
+        raise UserError(
+            f"--group {group}: no such group among those kept for training. Kept are {len(kept)}, with indices from "
+            f"{kept[0].index} to {kept[-1].index}; the report above says why others were dropped."
+        )
+    console.rule("example")
+    console.print(render_example(groups["train"][shown.index], shown, loaded))
+
+
+def _recipe_to_inspect(source: Path, overrides: list[str], tokenizer: str | None) -> Recipe:
+    from rrhf_peft.recipe import load_recipe, make_recipe
+
+    if source.suffix in (".yaml", ".yml"):
+        if tokenizer is not None:
+            overrides = [*overrides, f"model.tokenizer={json.dumps(tokenizer)}"]
+        return load_recipe(source, overrides)
+    bare = {
+        "model": {"name": tokenizer or "none"},
+        "data": {"train": str(source)},
+        "training": {"output_dir": "runs/inspect"},
+    }
+    return make_recipe(bare, where=str(source), overrides=overrides)
 
 
 @app.command()
 @plain_errors()
 def plan(
     recipe: RecipeFile,
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, _overrides("engine.chunk_tokens=4096 or adapter.r=64")] = None,
     device: Annotated[
         Literal["cuda", "cpu"], typer.Option(help="Plan for a GPU that computes in bfloat16, or for a CPU.")
     ] = "cuda",
@@ -101,7 +330,7 @@ def plan(
       rrhf-peft plan recipes/qlora_7b.yaml engine.chunk_tokens=4096
       rrhf-peft plan recipes/full_8xa100.yaml --processes 8
     """
-    from rrhf_peft.memory_plan import plan_memory
+    from rrhf_peft.plan.run import plan_memory
     from rrhf_peft.recipe import load_recipe
 
     result = plan_memory(load_recipe(recipe, overrides or []), device=device, processes=processes, responses=responses)
@@ -111,10 +340,172 @@ def plan(
         Console().print(result)
 
 
-app.command()(train)
-app.command()(evaluate)
-app.command()(rounds)
-app.command()(report)
+@app.command()
+@plain_errors()
+def train(
+    recipe: RecipeFile,
+    overrides: Annotated[list[str] | None, _overrides("training.learning_rate=1e-4 or adapter=null")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    ignore_changes: Annotated[
+        bool, typer.Option("--ignore-changes", help="Resume although the recipe or the data is not what it was.")
+    ] = False,
+) -> None:
+    """Train an adapter (or all weights) on ranked responses.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft train recipes/quickstart.yaml
+      rrhf-peft train recipes/quickstart.yaml training.learning_rate=1e-4
+      rrhf-peft train recipes/quickstart.yaml --resume
+
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.train recipes/lora_7b.yaml
+
+    The run folder (training.output_dir) gets the adapter in PEFT format, the
+    resolved recipe.yaml, data_report.json, metrics.jsonl and checkpoints.
+    """
+    if resume and overwrite:
+        raise typer.BadParameter(
+            "continues the run that --overwrite would remove; give one of the two", param_hint="--resume"
+        )
+    if ignore_changes and not resume:
+        raise typer.BadParameter("only means something with --resume", param_hint="--ignore-changes")
+
+    from accelerate import PartialState
+
+    from rrhf_peft.recipe import load_recipe
+    from rrhf_peft.train.run import train_recipe
+
+    checked = load_recipe(recipe, overrides or [])
+    outcome = train_recipe(checked, resume=resume, overwrite=overwrite, ignore_changes=ignore_changes)
+    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
+    if process_index() == 0:
+        folder = outcome.run_folder
+        typer.echo(f"Done: {folder}")
+        if checked.adapter is not None:
+            typer.echo(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
+
+
+@app.command()
+@plain_errors()
+def evaluate(
+    recipe: RecipeFile,
+    overrides: Annotated[list[str] | None, _overrides("evaluation.max_prompts=100 or evaluation.decoding.k=8")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing evaluation, and start from nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare policies on held-out prompts: rewards, perplexity, pair accuracy, best-of-n, wins.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft evaluate recipes/compare/evaluate.yaml
+      rrhf-peft evaluate recipes/compare/evaluate.yaml evaluation.max_prompts=100
+
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.evaluate recipes/compare/evaluate.yaml
+
+    The folder evaluation.output gets evaluation.json, table.md, plots and every
+    response with its rewards. An evaluation that was killed continues when the
+    same command is given again; so does one whose recipe has got another policy.
+    """
+    from rich.console import Console
+
+    from rrhf_peft.evaluate.run import evaluate_recipe
+    from rrhf_peft.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or [], needs=["evaluation"])
+    outcome = evaluate_recipe(checked, overwrite=overwrite, console=Console(stderr=True))
+    if process_index() != 0:
+        return
+    if as_json:
+        print_json(outcome.to_dict())
+        return
+    Console().print(outcome)
+    typer.echo(f"Done: {outcome.folder}")
+
+
+@app.command()
+@plain_errors()
+def rounds(
+    recipe: RecipeFile,
+    overrides: Annotated[list[str] | None, _overrides("rounds.count=5 or sampling.max_prompts=100")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove an existing folder of rounds first, and start again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Sample, score, train, evaluate; and again from the trained policy, round after round (IP-n).
+
+    [bold]Examples[/bold]
+
+      rrhf-peft rounds recipes/rounds/ip.yaml
+      rrhf-peft rounds recipes/rounds/ip.yaml rounds.count=5
+
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.rounds recipes/rounds/ip.yaml
+
+    Each round has a folder in rounds.output; rounds.json and table.md
+    there have one row for each. A run that was killed, in whatever stage,
+    continues when the same command is given again.
+    """
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from rrhf_peft.recipe import load_recipe
+    from rrhf_peft.rounds.run import run_rounds
+    from rrhf_peft.rounds.table import rows_table
+
+    needs = ["rounds", "model", "sampling", "scoring"]
+    outcome = run_rounds(load_recipe(recipe, overrides or [], needs=needs), overwrite=overwrite)
+    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
+    if process_index() != 0:
+        return
+    if as_json:
+        print_json({"output": str(outcome.output), "rounds": [row.to_dict() for row in outcome.rows]})
+        return
+    Console().print(rows_table(outcome.rows))
+    typer.echo(f"{'Finished before' if outcome.was_finished else 'Done'}: {outcome.output}")
+
+
+@app.command()
+@plain_errors()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN", help="Folders of training runs, evaluations, rounds or merged models.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The HTML file. Unset: report.html in the first folder.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Show runs in one HTML file: results, curves, rewards before and after, examples side by side.
+
+    The file needs no network and no server. Several training runs are
+    drawn into the same axes. An earlier report is replaced; any other
+    file is not.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft report runs/quickstart
+      rrhf-peft report runs/evaluation runs/quickstart -o report.html
+    """
+    from rrhf_peft.report.run import write_report
+
+    typer.echo(f"Done: {write_report(runs, output)}")
 
 
 @app.command()
@@ -166,7 +557,9 @@ def merge(
       rrhf-peft merge runs/quickstart --output runs/quickstart-merged
       rrhf-peft merge runs/quickstart -o merged --base original --dtype bfloat16
     """
-    from rrhf_peft.export import merge_adapter, merge_progress, render_report
+    from rrhf_peft.merge.progress import merge_progress
+    from rrhf_peft.merge.report import render_report
+    from rrhf_peft.merge.run import merge_adapter
 
     with merge_progress() as on_progress:
         report = merge_adapter(
@@ -218,6 +611,11 @@ def schema(
 def main() -> None:
     """The console command."""
     app(prog_name="rrhf-peft")
+
+
+def run_module(verb: str) -> None:
+    """What `python -m rrhf_peft.VERB` runs: that verb, with the arguments of the command line."""
+    app([verb, *sys.argv[1:]], prog_name="python -m rrhf_peft")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     0 done    1 an error the user can mend    2 wrong usage    130 interrupted
 
-Anything else that goes wrong is a defect of ours and keeps its traceback. Left to others: what the
-messages say (whoever raises `UserError`) and the verbs themselves (`cli`, `train`).
+Anything else that goes wrong is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations

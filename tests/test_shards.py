@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from rrhf_peft.jobs import ShardedOutput
 from rrhf_peft.records import UserError
-from rrhf_peft.shards import ShardedOutput
 
 
 def rows_of(unit):

@@ -86,7 +86,7 @@ def start_worker() -> None:
     """
     import torch
 
-    import rrhf_peft.evaluation.run
+    import rrhf_peft.evaluate.run
     import rrhf_peft.rounds.run  # noqa: F401
 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -142,7 +142,7 @@ def _quiet() -> Console:
 
 
 def _sample(recipe: Recipe) -> None:
-    from rrhf_peft.collecting.sample import sample_recipe
+    from rrhf_peft.sample.run import sample_recipe
 
     assert recipe.sampling is not None
     if _is_missing(recipe.sampling.output):
@@ -150,7 +150,7 @@ def _sample(recipe: Recipe) -> None:
 
 
 def _score(recipe: Recipe) -> None:
-    from rrhf_peft.collecting.score import score_recipe
+    from rrhf_peft.score.run import score_recipe
 
     assert recipe.scoring is not None
     if _is_missing(recipe.scoring.output):
@@ -158,14 +158,14 @@ def _score(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe) -> None:
-    from rrhf_peft.training import train_recipe
+    from rrhf_peft.train.run import train_recipe
 
     train_recipe(recipe, resume=True, console=_quiet())
 
 
 def _evaluate(recipe: Recipe) -> None:
-    from rrhf_peft.evaluation.folder import TABLE
-    from rrhf_peft.evaluation.run import evaluate_recipe
+    from rrhf_peft.evaluate.folder import TABLE
+    from rrhf_peft.evaluate.run import evaluate_recipe
 
     assert recipe.evaluation is not None
     if _is_missing(Path(recipe.evaluation.output) / TABLE):

@@ -1,11 +1,9 @@
 """Which responses and groups stay: empty ones rejected, duplicates merged, groups without a pair dropped.
 
-    * A response of white space only, or one that yields no tokens, is empty and rejected.
-    * Two responses of a group with the same token ids, after truncation, are duplicates: the first stays.
-      Equal scores stay as they are; different scores are a conflict, and their mean is taken.
-    * Under a ranking objective a group needs two responses whose scores differ by more than the gap.
-
-Left to others: making the token ids (`tokenizing`), describing the outcome (`report`).
+* A response of white space only, or one that yields no tokens, is empty and rejected.
+* Two responses of a group with the same token ids, after truncation, are duplicates: the first stays.
+  Equal scores stay as they are; different scores are a conflict, and their mean is taken.
+* Under a ranking objective a group needs two responses whose scores differ by more than the gap.
 """
 
 from __future__ import annotations

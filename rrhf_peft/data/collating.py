@@ -1,7 +1,4 @@
-"""Tokenized groups into the flat tensors of a `GroupBatch`.
-
-Left to others: how those tokens are laid out in rows (`rrhf_peft.logprobs`).
-"""
+"""Tokenized groups into the flat tensors of a `GroupBatch`."""
 
 from __future__ import annotations
 

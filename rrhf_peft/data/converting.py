@@ -1,8 +1,6 @@
 """Any importer's format into a ranked file, and the count of what could not come along.
 
 Nothing is cleaned: duplicates, empty texts and ties stay, for `inspect` to show and `tokenizing` to judge.
-
-Left to others: reading (`reading`), statistics of the result (`ranked_statistics`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One training example token by token: who speaks, what the loss sees, in colour and legible without.
-
-Left to others: choosing the example and printing it (the command line).
-"""
+"""One training example token by token: who speaks, what the loss sees, in colour and legible without."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 Each function is named after its format; its docstring says where the layout comes from. A file is read whole
 before its first group, in the order of the groups' first rows, whose place is the groups' origin.
-
-Left to others: which rows are given to which function (`importers`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ To add a format: one function in `list_formats` (a prompt with a list of respons
 or `gathered_formats` (a group over several rows), one line in `IMPORTERS`, one test, and its name in the recipe
 schema. Importers keep every response, order, score and tie as the file has it; ranks become scores, higher is
 better; what has no rating is kept apart and never becomes a number.
-
-Left to others: reading files (`row_readers`, `places`), cleaning and tokenising (`tokenizing`).
 """
 
 from __future__ import annotations

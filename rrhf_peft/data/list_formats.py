@@ -1,8 +1,6 @@
 """Formats whose rows hold a prompt with a list of responses: each row is a group, or several.
 
 Each function is named after its format; its docstring says where the layout comes from.
-
-Left to others: which rows are given to which function (`importers`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Formats whose rows compare two responses to a prompt: each row is a group of two.
 
 Each function is named after its format; its docstring says where the layout comes from.
-
-Left to others: which rows are given to which function (`importers`).
 """
 
 from __future__ import annotations

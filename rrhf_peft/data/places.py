@@ -1,7 +1,4 @@
-"""Where data lies: a file, a folder of files, a folder saved by `datasets`, or a hub id; and its splits.
-
-Left to others: reading single files (`row_readers`), and what the columns mean (`importers`).
-"""
+"""Where data lies: a file, a folder of files, a folder saved by `datasets`, or a hub id; and its splits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """What a ranked file holds, before any tokenizer or recipe: scores, sources, length bias, repetition.
 
 Everything is about the groups as they are read, nothing cleaned or cut: `report` says what training will see.
-
-Left to others: printing (`ranked_statistics_view`) and drawing (`score_plots`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The statistics of ranked groups as tables that read at 80 columns, with or without colour.
-
-Left to others: the numbers (`ranked_statistics`).
-"""
+"""The statistics of ranked groups as tables that read at 80 columns, with or without colour."""
 
 from __future__ import annotations
 

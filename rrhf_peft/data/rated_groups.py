@@ -1,7 +1,4 @@
-"""A group from responses of which some may have no rating.
-
-Left to others: what counts as a rating (`Row.rating` and the formats).
-"""
+"""A group from responses of which some may have no rating."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ranked groups in and out: any supported place in, our own JSON Lines out, and a split by prompt.
-
-Left to others: where data lies (`places`), formats (`importers`), cleaning and tokenising (`tokenizing`).
-"""
+"""Ranked groups in and out: any supported place in, our own JSON Lines out, and a split by prompt."""
 
 from __future__ import annotations
 

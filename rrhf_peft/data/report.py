@@ -1,7 +1,4 @@
-"""The data report: what was read, what was dropped or merged and why, and what training will see.
-
-Left to others: the decisions that it counts (`tokenizing`), and how it is printed (`report_view`).
-"""
+"""The data report: what was read, what was dropped or merged and why, and what training will see."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The data report as a table that reads at 80 columns, with or without colour.
-
-Left to others: the numbers (`report`).
-"""
+"""The data report as a table that reads at 80 columns, with or without colour."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 JSON Lines, JSON and CSV are read here and not by `datasets`, because only then a malformed record can be
 reported with its line, and a CSV cell that says ``NA`` or ``007`` stays the text it is. Parquet goes
 through `datasets`, which also undoes its own feature encodings.
-
-Left to others: folders, hub ids and splits (`places`), and what the columns mean (`importers`).
 """
 
 from __future__ import annotations

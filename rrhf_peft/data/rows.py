@@ -1,8 +1,6 @@
 """One row of a source file, its place, and typed access to its fields.
 
 Every complaint about a row is made here, so that each names file, line and field in the same way.
-
-Left to others: reading files into rows (`row_readers`), and what the fields mean (`importers`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A picture of ranked groups: the scores of each source, and score against length.
-
-Left to others: the numbers (`ranked_statistics`).
-"""
+"""A picture of ranked groups: the scores of each source, and score against length."""
 
 from __future__ import annotations
 

@@ -13,8 +13,6 @@ Decisions, besides those of `cleaning`:
     * A chat template says itself whether there is a BOS, as at inference: none is added to what it writes.
     * A tokenizer without BOS adds none. Where that leaves a prompt without any token, EOS starts the
       sequence, because the first response token needs something to be predicted from.
-
-Left to others: templates, which responses stay (`cleaning`), statistics (`report`), tensors (`collating`).
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ batch of groups (`generate`, evaluation, saving) goes to the model's own forward
 
 The batch is laid out in chunks; with more than one, every chunk but the last is recomputed in the
 backward pass, so peak memory is that of one chunk however many responses there are.
-
-Left to others: rows (`layout`), masks (`mask`), vocabulary (`head`), the proof (`verify`), losses.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A *piece* is a prompt with one or more of its responses, ``[P | R1 | R2 ...]``; 
 positions restart at |P|. The shared layout makes pieces as large as the chunk allows; the plain
 layout makes one piece per response and one row per piece, which is the usual padded batch.
 
-Only integer arithmetic on lengths, on the host. Left to others: masks, the model, the loss.
+Only integer arithmetic on lengths, on the host.
 """
 
 from __future__ import annotations

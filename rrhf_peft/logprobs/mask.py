@@ -2,8 +2,6 @@
 
 A token sees its own piece's prompt and its own response's past. The rule is written once, as a
 predicate on (query, key); dense masks and FlexAttention block masks both come from it.
-
-Left to others: when the shared layout may be used at all (`logprobs.verify` proves it on real data).
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Base models and adapters: names in, a model that can be trained out.
 
-    name --load_base_model--> causal LM --attach_adapter--> policy --prepare_for_training--> trainable policy
-
-Left to others: computing with the model (`logprobs`), the training loop (`training`), and turning an
-adapter into standalone weights (`export`).
+name --load_base_model--> causal LM --attach_adapter--> policy --prepare_for_training--> trainable policy
 """
 
 from rrhf_peft.modeling.adapter import attach_adapter, attach_adapter_files, lora_config

@@ -1,7 +1,4 @@
-"""Attach a LoRA adapter, a new one or one to train further, or make all weights trainable.
-
-Left to others: reading adapter folders (`adapter_files`), merging (`rrhf_peft.export`).
-"""
+"""Attach a LoRA adapter, a new one or one to train further, or make all weights trainable."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Read a PEFT adapter folder, and prove that its weights are whole and belong to the model at hand.
-
-Left to others: building the adapter's layers (`adapter`) and merging them (`rrhf_peft.export`).
-"""
+"""Read a PEFT adapter folder, and prove that its weights are whole and belong to the model at hand."""
 
 from __future__ import annotations
 

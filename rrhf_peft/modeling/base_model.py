@@ -1,7 +1,4 @@
-"""Load the base model: dtype, quantisation, device and attention chosen openly, every weight accounted for.
-
-Left to others: adapters (`adapter`), and what has to be set before training (`preparation`).
-"""
+"""Load the base model: dtype, quantisation, device and attention chosen openly, every weight accounted for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The safetensors files of a checkpoint folder: which tensor lies where, proved readable and complete.
-
-Left to others: what the tensors mean. Pickled checkpoints are never opened here.
-"""
+"""The safetensors files of a checkpoint folder: which tensor lies where, proved readable and complete."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """What a model needs before its first training step, and the proof after it that something is trained.
 
 Does not call PEFT's `prepare_model_for_kbit_training`: that casts embeddings, head and norms to float32.
-
-Left to others: the steps themselves (`rrhf_peft.training`).
 """
 
 from __future__ import annotations

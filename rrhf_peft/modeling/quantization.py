@@ -2,8 +2,6 @@
 
 What was found on a CPU with bitsandbytes 0.50: NF4, FP4 and int8 load, run forward and backward there.
 int8 rounds the activations as well (LLM.int8), in float16 whatever the model's dtype.
-
-Left to others: loading (`base_model`), and writing dequantised weights (`rrhf_peft.export`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where a model comes from: a local folder or a hub id, checked before anything is loaded.
-
-Left to others: reading what is inside (`checkpoint_files`, `adapter_files`) and loading it.
-"""
+"""Where a model comes from: a local folder or a hub id, checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Load the tokenizer and give it a padding token without changing the vocabulary.
-
-Left to others: templates and truncation (`rrhf_peft.data`).
-"""
+"""Load the tokenizer and give it a padding token without changing the vocabulary."""
 
 from __future__ import annotations
 

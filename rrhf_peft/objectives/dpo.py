@@ -1,7 +1,4 @@
-"""DPO: direct preference optimization (https://arxiv.org/abs/2305.18290) over the ordered pairs of ranked groups.
-
-Left to others: the reference's log-probs (`rrhf_peft.training.reference`).
-"""
+"""DPO: direct preference optimization (https://arxiv.org/abs/2305.18290) over the ordered pairs of ranked groups."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""SLiC-HF: sequence likelihood calibration with a margin (https://arxiv.org/abs/2305.10425), and DPO's hinge form.
-
-Left to others: the reference's log-probs (`rrhf_peft.training.reference`), where one is wanted.
-"""
+"""SLiC-HF: sequence likelihood calibration with a margin (https://arxiv.org/abs/2305.10425), and DPO's hinge form."""
 
 from __future__ import annotations
 

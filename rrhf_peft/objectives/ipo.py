@@ -1,7 +1,4 @@
-"""IPO: identity preference optimization (https://arxiv.org/abs/2310.12036) over the ordered pairs of ranked groups.
-
-Left to others: the reference's log-probs (`rrhf_peft.training.reference`).
-"""
+"""IPO: identity preference optimization (https://arxiv.org/abs/2310.12036) over the ordered pairs of ranked groups."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """KTO: model alignment as prospect theoretic optimization (https://arxiv.org/abs/2402.01306).
 
-Learns from single responses, desirable or not, rather than from pairs. Left to others: the reference's log-probs
-(`rrhf_peft.training.reference`).
+Learns from single responses, desirable or not, rather than from pairs.
 """
 
 from __future__ import annotations

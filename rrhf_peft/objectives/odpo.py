@@ -1,8 +1,4 @@
-"""ODPO: DPO with an offset (https://arxiv.org/abs/2402.10571): a pair's margin grows with its difference in score.
-
-Left to others: the reference's log-probs (`rrhf_peft.training.reference`), and scaling scores: the offset is in
-their units.
-"""
+"""ODPO: DPO with an offset (https://arxiv.org/abs/2402.10571): a pair's margin grows with its difference in score."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Plackett-Luce: the likelihood of a whole ranking (DPO's appendix A.3, https://arxiv.org/abs/2305.18290; the
 list-MLE loss of LiPO, https://arxiv.org/abs/2402.01878).
-
-Left to others: the reference's log-probs (`rrhf_peft.training.reference`), where one is wanted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What the objectives with a reference policy share: the implicit reward, and its metrics under TRL's names.
-
-Left to others: the reference's log-probs (`rrhf_peft.training.reference`).
-"""
+"""What the objectives with a reference policy share: the implicit reward, and its metrics under TRL's names."""
 
 from __future__ import annotations
 

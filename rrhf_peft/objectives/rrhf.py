@@ -1,7 +1,4 @@
-"""RRHF: rank responses to align language models with human feedback (https://arxiv.org/abs/2304.05302).
-
-Left to others: log-probs (`rrhf_peft.logprobs`) and weighting micro-batches in a step (`rrhf_peft.training`).
-"""
+"""RRHF: rank responses to align language models with human feedback (https://arxiv.org/abs/2304.05302)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Fine-tuning on the best-scored response: RRHF's Eq. 3 and 4 alone, and the baseline to beat.
-
-Left to others: choosing data (every response below the best is ignored here).
-"""
+"""Fine-tuning on the best-scored response: RRHF's Eq. 3 and 4 alone, and the baseline to beat."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The `evaluation:` section: which policies, on which held-out prompts, measured how.
-
-Left to others: what the values do (`rrhf_peft.evaluation`).
-"""
+"""The `evaluation:` section: which policies, on which held-out prompts, measured how."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What is wrong with a recipe, in words: pydantic's findings as sentences that name the key and the remedy.
-
-Left to others: finding the mistakes (`recipe.schema`) and saying which file they are in (`recipe.loading`).
-"""
+"""What is wrong with a recipe, in words: pydantic's findings as sentences that name the key and the remedy."""
 
 from __future__ import annotations
 

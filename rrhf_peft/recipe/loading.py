@@ -1,7 +1,4 @@
-"""Recipes in and out: YAML and dotted overrides in, a checked `Recipe`, a snapshot and a JSON schema out.
-
-Left to others: what a recipe may hold (`recipe.schema`) and how a mistake is explained (`recipe.explain`).
-"""
+"""Recipes in and out: YAML and dotted overrides in, a checked `Recipe`, a snapshot and a JSON schema out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The `objective:` section: one class per loss, told apart by `name`.
-
-Left to others: the losses (`rrhf_peft.objectives`), whose keyword arguments have these names; `reference` goes to the
-trainer instead (`rrhf_peft.training.reference`).
-"""
+"""The `objective:` section: one class per loss, told apart by `name`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The `online:` section: new candidates from the policy while it is trained (OP-k of arXiv 2304.05302).
-
-Left to others: what the values do (`rrhf_peft.training.online`).
-"""
+"""The `online:` section: new candidates from the policy while it is trained (OP-k of arXiv 2304.05302)."""
 
 from __future__ import annotations
 

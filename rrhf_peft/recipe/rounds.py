@@ -1,7 +1,4 @@
-"""The `rounds:` section: sample, score, train, evaluate, and again from the trained policy (IP-n).
-
-Left to others: what the values do (`rrhf_peft.rounds`).
-"""
+"""The `rounds:` section: sample, score, train, evaluate, and again from the trained policy (IP-n)."""
 
 from __future__ import annotations
 

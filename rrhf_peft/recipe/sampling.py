@@ -1,7 +1,4 @@
-"""The `sampling:` section: which prompts, which policies answer them, how each decodes, and where the rows go.
-
-Left to others: what the values do (`rrhf_peft.sampling`, `rrhf_peft.collecting.sample`).
-"""
+"""The `sampling:` section: which prompts, which policies answer them, how each decodes, and where the rows go."""
 
 from __future__ import annotations
 

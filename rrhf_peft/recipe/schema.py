@@ -2,9 +2,6 @@
 
 `adapter` and `training` pass PEFT's and transformers' own field names through unchanged, so their
 models are generated from `peft.LoraConfig` and `transformers.TrainingArguments`.
-
-Left to others: reading files, overrides and error messages (`recipe.loading`), and what the values
-mean (each package's builder unpacks its own section).
 """
 
 from __future__ import annotations

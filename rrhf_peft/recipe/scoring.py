@@ -1,7 +1,4 @@
-"""The `scoring:` section: which responses, which scorer with which settings, and where the scored rows go.
-
-Left to others: what the values do (`rrhf_peft.scoring`, `rrhf_peft.collecting.score`).
-"""
+"""The `scoring:` section: which responses, which scorer with which settings, and where the scored rows go."""
 
 from __future__ import annotations
 
@@ -118,7 +115,7 @@ class RuleScorer(_Strict):
     name: Literal["rule"]
     function: str = Field(
         min_length=1,
-        description="package.module:function of (prompt, responses) -> scores; rrhf_peft.scoring:vader is shipped.",
+        description="package.module:function of (prompt, responses) -> scores; rrhf_peft.score:vader is shipped.",
     )
 
 

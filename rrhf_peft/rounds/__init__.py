@@ -5,7 +5,4 @@
     round-2/candidates.jsonl <------------------------------+
 
 The loop is closed through files: each stage is one of the other verbs, run with a recipe that `stages` derives.
-
-Left to others: every stage itself (`rrhf_peft.collecting`, `training`, `evaluation`), new samples within
-training (`online:`, OP-k), and the section `rounds:` (`rrhf_peft.recipe.rounds`).
 """

@@ -6,8 +6,6 @@
 
 A stage is finished when it stands in its round's `stages.json`, which is replaced as a whole; a stage that was
 killed before that is called again, and continues or ends at once.
-
-Left to others: what the stages write (`rrhf_peft.collecting`, `training`, `evaluation`), the tables (`rounds.table`).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe, recipe_text
 from rrhf_peft.records import UserError
 from rrhf_peft.rounds.stages import policy_name
-from rrhf_peft.training.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
+from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
 
 RECIPE = "recipe.yaml"
 #: Stage -> what it leaves in the round's folder, whole or in parts.

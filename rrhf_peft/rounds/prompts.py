@@ -1,7 +1,4 @@
-"""The prompts of one round, where a round takes a part of them: a slice of the file, as files of its own.
-
-Left to others: reading prompts in all their forms (`collecting.sample_prompts`).
-"""
+"""The prompts of one round, where a round takes a part of them: a slice of the file, as files of its own."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rrhf_peft.collecting.sample_prompts import Prompt, read_prompts
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import SamplingSection
+from rrhf_peft.sample.prompt_files import Prompt, read_prompts
 
 
 def slice_of(prompts: Sequence[Any], number: int, size: int) -> list[Any]:

@@ -1,8 +1,4 @@
-"""All rounds of a recipe, one stage after the other, from wherever an earlier run of the command was stopped.
-
-Left to others: the stages' recipes (`rounds.stages`), what is finished (`rounds.folder`), the tables
-(`rounds.table`), and the command line (`rounds.command`).
-"""
+"""All rounds of a recipe, one stage after the other, from wherever an earlier run of the command was stopped."""
 
 from __future__ import annotations
 
@@ -16,18 +12,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rrhf_peft.collecting.processes import Processes, launched_processes
-from rrhf_peft.collecting.sample import sample_recipe
-from rrhf_peft.collecting.score import score_recipe
-from rrhf_peft.evaluation.folder import TABLE
-from rrhf_peft.evaluation.run import evaluate_recipe
+from rrhf_peft.evaluate.folder import TABLE
+from rrhf_peft.evaluate.run import evaluate_recipe
+from rrhf_peft.jobs import Processes, launched_processes
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.rounds.folder import RoundFolder, open_rounds
 from rrhf_peft.rounds.prompts import write_slice
 from rrhf_peft.rounds.stages import Stages, policy_name
 from rrhf_peft.rounds.table import Row, read_rows, rows_table, write_tables
-from rrhf_peft.training import train_recipe
-from rrhf_peft.training.run import training_config
+from rrhf_peft.sample.run import sample_recipe
+from rrhf_peft.score.run import score_recipe
+from rrhf_peft.train.run import train_recipe, training_config
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""The recipe of every stage of every round, derived from the one that the user wrote.
-
-Left to others: running them (`rounds.run`), and where a round's files lie (`rrhf_peft.recipe.rounds`).
-"""
+"""The recipe of every stage of every round, derived from the one that the user wrote."""
 
 from __future__ import annotations
 

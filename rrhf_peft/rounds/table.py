@@ -2,8 +2,6 @@
 
 `rounds.json` and `table.md` hold what a repeated or resumed run gives again, byte for byte. Seconds are not among
 that: they stand in each round's `stages.json`, and in the terminal's table.
-
-Left to others: measuring (`rrhf_peft.collecting.score_report`, `rrhf_peft.evaluation`).
 """
 
 from __future__ import annotations

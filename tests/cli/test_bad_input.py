@@ -242,7 +242,7 @@ CASES: dict[str, Case] = {
 def good(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """Recipe, data and a trained adapter that work."""
     from rrhf_peft.recipe import load_recipe
-    from rrhf_peft.training import train_recipe
+    from rrhf_peft.train.run import train_recipe
 
     shop = Workshop(tmp_path_factory.mktemp("good"), tiny_model_folder)
     shop.write_rows(GOOD, {**GOOD, "prompt": "Another question, a little longer?"})

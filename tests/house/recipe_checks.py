@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from rrhf_peft.memory_plan import plan_memory
+from rrhf_peft.plan.run import plan_memory
 from rrhf_peft.recipe import load_recipe, recipe_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import pytest
 
-from rrhf_peft.quickstart import TINY, run_demo
+from rrhf_peft.demo.run import run_demo
+from rrhf_peft.demo.size import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)

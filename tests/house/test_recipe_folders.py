@@ -24,13 +24,13 @@ from house.recipe_checks import (
 )
 from reward_folders import value_head_state
 
-from rrhf_peft.collecting.sample import sample_recipe
-from rrhf_peft.collecting.score import score_recipe
-from rrhf_peft.evaluation.run import evaluate_recipe
+from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.recipe import load_recipe, make_recipe
 from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES
 from rrhf_peft.rounds.run import run_rounds
-from rrhf_peft.training import train_recipe
+from rrhf_peft.sample.run import sample_recipe
+from rrhf_peft.score.run import score_recipe
+from rrhf_peft.train.run import train_recipe
 
 PAPER = sorted((ROOT / "recipes" / "paper" / "paper").glob("*.yaml"))
 COMPARE = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))

@@ -21,9 +21,9 @@ from house.recipe_checks import (
     assert_snapshot_is_the_same,
 )
 
-from rrhf_peft.memory_plan import plan_memory
+from rrhf_peft.plan.run import plan_memory
 from rrhf_peft.recipe import load_recipe, make_recipe, recipe_text
-from rrhf_peft.training import train_recipe
+from rrhf_peft.train.run import train_recipe
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LAUNCH_CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -32,7 +32,7 @@ LAUNCH_CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 #: Short answers, and a rule in the place of a reward model.
 ONLINE = (
     "online.decoding.max_new_tokens=8",
-    "online.scorer={name: rule, function: 'rrhf_peft.scoring:vader'}",
+    "online.scorer={name: rule, function: 'rrhf_peft.score:vader'}",
 )
 
 

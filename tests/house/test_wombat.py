@@ -13,10 +13,10 @@ import pytest
 import yaml
 from house.recipe_checks import ROOT
 
-from rrhf_peft.collecting.sample import sample_recipe
-from rrhf_peft.collecting.score import score_recipe
 from rrhf_peft.recipe import make_recipe
-from rrhf_peft.training import train_recipe
+from rrhf_peft.sample.run import sample_recipe
+from rrhf_peft.score.run import score_recipe
+from rrhf_peft.train.run import train_recipe
 
 pytest.importorskip("openai")
 

@@ -275,7 +275,8 @@ def test_three_steps_beside_the_real_dpo_trainer(tiny_model_folder, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
     from rrhf_peft.records import TokenizedGroup
-    from rrhf_peft.training import RRHFConfig, RRHFTrainer
+    from rrhf_peft.train.config import RRHFConfig
+    from rrhf_peft.train.trainer import RRHFTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     rows = [

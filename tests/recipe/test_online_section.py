@@ -8,7 +8,7 @@ from rrhf_peft.recipe import load_recipe, make_recipe, recipe_text
 from rrhf_peft.records import UserError
 
 SAMPLED = {"strategy": "top_p", "k": 4, "max_new_tokens": 16}
-RULE = {"name": "rule", "function": "rrhf_peft.scoring:vader"}
+RULE = {"name": "rule", "function": "rrhf_peft.score:vader"}
 
 
 def recipe(**sections):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from reproduce_rows import READERS, RECIPES, ROWS
 
-from rrhf_peft.memory_plan import plan_memory
+from rrhf_peft.plan.run import plan_memory
 from rrhf_peft.recipe import load_recipe, recipe_text
 
 ROOT = Path(__file__).resolve().parents[2]

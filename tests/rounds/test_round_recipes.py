@@ -7,12 +7,12 @@ import json
 import pytest
 from rounds.round_recipes import NEEDS, evaluated, round_recipe, round_values
 
-from rrhf_peft.collecting.sample_prompts import read_prompts
 from rrhf_peft.recipe import load_recipe, make_recipe, recipe_text
 from rrhf_peft.records import UserError
 from rrhf_peft.rounds.folder import open_rounds
 from rrhf_peft.rounds.prompts import slice_of, write_slice
 from rrhf_peft.rounds.stages import Stages
+from rrhf_peft.sample.prompt_files import read_prompts
 
 MODEL = "org/some-model"
 SETS = ("sampling.output", "scoring.input", "scoring.output", "data.train", "training.output_dir", "evaluation.output")

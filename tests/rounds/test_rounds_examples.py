@@ -11,7 +11,7 @@ import pytest
 from house.test_recipes import CONFIGS
 from rounds.round_recipes import NEEDS, run_quietly
 
-from rrhf_peft.memory_plan import plan_memory
+from rrhf_peft.plan.run import plan_memory
 from rrhf_peft.recipe import load_recipe, recipe_text
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "rounds"

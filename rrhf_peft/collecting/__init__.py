@@ -1,1 +1,0 @@
-"""Prompts into candidates into scored groups, through files: what joins data and models with sampling and scoring."""

@@ -1,0 +1,109 @@
+"""`rrhf-peft evaluate`: policies answer the held-out prompts, and everything is measured on their answers.
+
+    policies --sample--> samples/ --score--> scored/ ---\\
+                            |---judge model--> perplexity/ ---> evaluation.json, table.md, plots/
+    labelled pairs, references --p_i--> pairs/, references/ ---/
+
+Every file is made by all processes of the launch, unit by unit, so that an evaluation that was killed
+continues, and another policy in the recipe costs its own share only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from rrhf_peft.evaluate.evaluation import Evaluation, finished_evaluation
+from rrhf_peft.evaluate.figures import make_figures
+from rrhf_peft.evaluate.folder import EVALUATION, RECIPE, TABLE, OutputFolder, is_finished
+from rrhf_peft.evaluate.measuring import judge_perplexity, judge_wins, policy_log_probs
+from rrhf_peft.evaluate.plan import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of
+from rrhf_peft.files import replace_text
+from rrhf_peft.jobs import launched_processes, whole_models
+from rrhf_peft.recipe import Recipe, recipe_text
+from rrhf_peft.recipe.scoring import JudgeScorer
+from rrhf_peft.records import UserError
+from rrhf_peft.sample.run import sample_recipe
+from rrhf_peft.score.run import score_recipe
+
+
+def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> Evaluation:
+    """Evaluate the policies that the recipe's `evaluation:` names; under a launcher every process calls it.
+
+    Args:
+        recipe: with the section `evaluation`.
+        overwrite: replace what is in the output folder.
+        console: where progress goes; None keeps silent.
+
+    Raises:
+        UserError: anything the user can mend, told before the work where it can be known then.
+    """
+    with launched_processes() as processes, whole_models():
+        quiet = Console(quiet=True)
+        console = console if console is not None and processes.is_main else quiet
+        plan = make_plan(recipe)
+        folder = OutputFolder(plan.section.output)
+        if processes.is_main:
+            folder.open(settings_of(plan, folder), overwrite=overwrite)
+            replace_text(folder.path / RECIPE, recipe_text(recipe))
+        processes.wait_for_all()
+        for number, name in enumerate(plan.policies, start=1):
+            console.print(f"policy {name} ({number} of {len(plan.policies)})", highlight=False, style="bold")
+            with _told_of(f"evaluation.policies.{name}"):
+                _answer(plan, folder, name, console)
+                policy_log_probs(plan, folder, name, processes, console)
+        if plan.section.perplexity is not None:
+            with _told_of("evaluation.perplexity"):
+                judge_perplexity(plan, folder, processes, console)
+        if plan.section.wins is not None and isinstance(plan.section.wins.by, JudgeScorer):
+            with _told_of("evaluation.wins.by"):
+                judge_wins(plan, folder, processes, console)
+        processes.wait_for_all()
+        if processes.is_main:
+            _finish(plan, folder)
+        processes.wait_for_all()
+        return finished_evaluation(folder.path)
+
+
+def _answer(plan: Plan, folder: OutputFolder, name: str, console: Console) -> None:
+    """The policy's responses and their rewards."""
+    samples = folder.file("samples", name)
+    if not is_finished(samples):
+        sample_recipe(sampling_recipe(plan, name, samples), console=console, keep_all=True)
+    for label in plan.section.scorers:
+        scored = folder.file("scored", name, label)
+        if not is_finished(scored):
+            with _told_of(f"scorer {label}"):
+                recipe = scoring_recipe(plan, label, samples, scored)
+                score_recipe(recipe, console=console, least_responses=1)
+
+
+def _finish(plan: Plan, folder: OutputFolder) -> None:
+    """Numbers, plots and table from the files; the table last, which says that all is there."""
+    evaluation = Evaluation(folder.path, make_figures(plan, folder))
+    (folder.path / TABLE).unlink(missing_ok=True)
+    replace_text(folder.path / EVALUATION, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    _plot(folder.path)
+    replace_text(folder.path / TABLE, evaluation.markdown())
+
+
+def _plot(folder: Path) -> None:
+    """Draw, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        from rrhf_peft.evaluate.plots import write_plots
+
+        write_plots(folder)
+
+
+@contextlib.contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Put the place in front of errors of sampling and scoring, which know nothing of evaluations."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

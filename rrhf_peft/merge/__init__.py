@@ -1,0 +1,1 @@
+"""Adapter in, standalone weights out, with the proof that they compute the same: `run` is the story."""

@@ -1,0 +1,234 @@
+"""Recipe -> predicted peak memory, before anything is loaded or rented.
+
+Weights, adapter, gradients and optimizer are exact arithmetic on shapes. Activations are those of one
+full chunk, which is the most that the engine has in hand at once. What cannot be known is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from rrhf_peft.logprobs.engine import causal_lm_of, default_chunk_tokens
+from rrhf_peft.modeling import prepare_for_training, resolve_source
+from rrhf_peft.modeling.base_model import DTYPES, load_config
+from rrhf_peft.modeling.preparation import uses_checkpointing
+from rrhf_peft.plan.activations import head_bytes, pass_bytes
+from rrhf_peft.plan.optimizer import is_paged, optimizer_bytes, step_bytes
+from rrhf_peft.plan.weights import Weights, shaped_weights
+from rrhf_peft.recipe import Recipe
+
+#: Responses per prompt that a plan allows for unless told otherwise.
+USUAL_RESPONSES = 8
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the plan.
+
+    Attributes:
+        name: what takes the memory.
+        bytes: how much.
+        note: how it was counted.
+    """
+
+    name: str
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Predicted peak memory of a training run, per process.
+
+    Attributes:
+        model: the base model's name.
+        device: cuda or cpu.
+        processes: over how many processes the weights are sharded.
+        items: what adds up to `peak_bytes`.
+        peak_bytes: the prediction.
+        host_bytes: optimizer state that a paged optimizer keeps in host memory.
+        parameters: of the base model.
+        trainable: trained values.
+        chunk_tokens: tokens of the chunk whose activations are counted.
+        gradient_checkpointing: whether layers are recomputed in the backward pass.
+        unknown: what the prediction leaves out.
+    """
+
+    model: str
+    device: str
+    processes: int
+    items: list[Item]
+    peak_bytes: int
+    host_bytes: int
+    parameters: int
+    trainable: int
+    chunk_tokens: int
+    gradient_checkpointing: bool
+    unknown: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        from rrhf_peft.plan.view import plan_table
+
+        return plan_table(self)
+
+
+def plan_memory(
+    recipe: Recipe, *, device: str = "cuda", processes: int = 1, responses: int = USUAL_RESPONSES
+) -> MemoryPlan:
+    """Predict the peak memory per process of training a recipe.
+
+    Args:
+        recipe: checked recipe.
+        device: cuda (a GPU that computes in bfloat16) or cpu; it need not be here.
+        processes: FSDP over this many: weights, gradients and optimizer state are divided by it.
+        responses: k, which bounds how long a group and how large a micro-batch may be.
+
+    Raises:
+        UserError: the model's configuration or the adapter cannot be read.
+    """
+    section = recipe.model
+    on_cpu = device == "cpu"
+    dtype = DTYPES["float32" if on_cpu else "bfloat16"] if section.dtype == "auto" else DTYPES[section.dtype]
+    weights = shaped_weights(
+        load_config(
+            resolve_source(section.name, revision=section.revision),
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        ),
+        dtype=dtype,
+        quantization=section.quantization,
+        double_quant=section.double_quant,
+        attention=section.attention if section.attention in ("eager", "flex_attention") else "sdpa",
+        adapter=None if recipe.adapter is None or section.init_adapter else recipe.adapter.model_dump(),
+        init_adapter=section.init_adapter,
+        trust_remote_code=section.trust_remote_code,
+    )
+    compute = _compute_dtype(recipe, dtype, on_cpu)
+    model = weights.model.to(compute)
+    checkpointing = uses_checkpointing(recipe.engine.gradient_checkpointing, weights.parameters)
+    prepare_for_training(model, gradient_checkpointing=checkpointing)
+    chunk_tokens = recipe.engine.chunk_tokens
+    if chunk_tokens == "auto":
+        chunk_tokens = default_chunk_tokens(causal_lm_of(model))
+    rows, width = _chunk(recipe, chunk_tokens, responses)
+
+    optimizer = _optimizer(recipe)
+    state = optimizer_bytes(optimizer, weights.trainable) or 0
+    trained = sum(values * size for values, size, _ in weights.trainable)
+    shared_out = f", {processes} shards" if processes > 1 else ""
+    standing = [
+        Item("base weights", sum(weights.stored.values()), " + ".join(weights.stored) + shared_out),
+        Item("adapter weights", weights.adapter, "float32" + shared_out),
+        Item("gradients", trained, f"{sum(values for values, _, _ in weights.trainable):,} trained values{shared_out}"),
+        Item("optimizer state", 0 if is_paged(optimizer) else state, optimizer + shared_out),
+    ]
+    standing = [dataclasses.replace(item, bytes=-(-item.bytes // processes)) for item in standing if item.bytes]
+    passing = [
+        *_activations(model, weights, recipe, rows, width, on_cpu),
+        *_copies(weights, dtype, compute, checkpointing, processes),
+    ]
+    update = Item("optimizer step", step_bytes(optimizer, weights.trainable) // processes, f"{optimizer}, all at once")
+    if update.bytes > sum(item.bytes for item in passing):  # the two do not come together
+        passing = [update]
+    items = [*standing, *passing]
+    return MemoryPlan(
+        model=section.name,
+        device=device,
+        processes=processes,
+        items=items,
+        peak_bytes=sum(item.bytes for item in items),
+        host_bytes=state // processes if is_paged(optimizer) else 0,
+        parameters=weights.parameters,
+        trainable=sum(values for values, _, _ in weights.trainable),
+        chunk_tokens=rows * width,
+        gradient_checkpointing=checkpointing,
+        unknown=_unknown(recipe, optimizer, on_cpu, responses),
+    )
+
+
+def _compute_dtype(recipe: Recipe, weights: torch.dtype, on_cpu: bool) -> torch.dtype:
+    """What the layers compute in: on a GPU under bfloat16 autocast, unless the recipe says otherwise."""
+    training: Any = recipe.training
+    if training.fp16:
+        return torch.float16
+    if training.bf16 or (training.bf16 is None and not on_cpu):
+        return torch.bfloat16
+    return weights
+
+
+def _optimizer(recipe: Recipe) -> str:
+    default = next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == "optim")
+    name = recipe.training.optim or default  # type: ignore[attr-defined]
+    return str(getattr(name, "value", name))
+
+
+def _chunk(recipe: Recipe, chunk_tokens: int, responses: int) -> tuple[int, int]:
+    """Rows and width of the fullest chunk: a row per group of the longest responses, or per response."""
+    plain = recipe.engine.layout == "plain"
+    longest = recipe.data.max_tokens * (1 if plain else responses)
+    groups = recipe.training.per_device_train_batch_size or TrainingArguments.per_device_train_batch_size  # type: ignore[attr-defined]
+    tokens = min(chunk_tokens, groups * responses * recipe.data.max_tokens)
+    rows = max(1, round(tokens / longest))
+    return rows, tokens // rows
+
+
+def _activations(model: Any, weights: Weights, recipe: Recipe, rows: int, width: int, on_cpu: bool) -> list[Item]:
+    casts = bool(weights.adapter) and not weights.largest_quantized and model.dtype != torch.float32
+    need = pass_bytes(model, rows=rows, width=width, shared=recipe.engine.layout != "plain", casts=casts)
+    language_model: Any = causal_lm_of(model)
+    head, config = language_model.get_output_embeddings(), language_model.config.get_text_config()
+    size = next(model.parameters()).element_size()
+    sliced = head_bytes(
+        rows * width,
+        config.vocab_size,
+        config.hidden_size,
+        size=size,
+        on_cpu=on_cpu,
+        trained=any(parameter.requires_grad for parameter in head.parameters()),
+    )
+    unpacked = weights.largest_quantized * size
+    return [
+        Item("activations", need.kept, f"chunk of {rows * width:,} tokens"),
+        Item("working memory", max(need.peak - need.kept + unpacked, sliced), "backward pass of a layer, or logits"),
+    ]
+
+
+def _copies(
+    weights: Weights, stored: torch.dtype, compute: torch.dtype, checkpointing: bool, processes: int
+) -> list[Item]:
+    """Weights that exist a second time: gathered from the shards, or cast by autocast."""
+    model: Any = causal_lm_of(weights.model)
+    layers = max(1, model.config.get_text_config().num_hidden_layers)
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    outside = sum(ends.values())
+    layer = (weights.parameters - outside) // layers
+    if processes > 1:  # two layers under way, one layer's gradients, and what belongs to no layer
+        return [Item("gathered weights", (3 * layer + outside) * compute.itemsize, "FSDP: whole layers, for a moment")]
+    if stored == compute or stored.itemsize <= compute.itemsize or weights.largest_quantized:
+        return []
+    kept = layer if checkpointing and weights.adapter else layer * layers
+    return [Item("cast weights", kept * compute.itemsize, f"autocast's {str(compute).removeprefix('torch.')} copies")]
+
+
+def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int) -> list[str]:
+    notes = []
+    if not on_cpu:
+        notes.append("the CUDA context, libraries' workspaces and fragmentation: commonly 1 to 2 GiB more")
+    else:
+        notes.append("what the C library's allocator holds back: often more than the activations themselves")
+    notes.append(f"groups of more than {responses} responses: say how many with --responses")
+    if recipe.model.quantization == "int8":
+        notes.append("int8's float16 copies of activations")
+    if optimizer_bytes(optimizer, []) is None:
+        notes.append(f"the state of optimizer {optimizer}, which is counted as nothing")
+    notes.append("loading: the host holds about one weight file at a time; and other programs on the device")
+    return notes

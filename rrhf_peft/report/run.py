@@ -1,0 +1,141 @@
+"""Sections in order, a template around them, and one HTML file at the end.
+
+The file asks for nothing outside itself: styles and pictures are in it, there are no scripts, and a
+Content-Security-Policy forbids what somebody might smuggle into a model's answer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+from rrhf_peft import __version__
+from rrhf_peft.evaluate.plots import Style, styles
+from rrhf_peft.files import replace_text
+from rrhf_peft.records import UserError
+from rrhf_peft.report import data_section, evaluation_section, rounds_section, training_section
+from rrhf_peft.report.blocks import Facts, Paragraph, Section
+from rrhf_peft.report.runs import Runs, read_runs, run_names
+
+#: By this the page is known as a report, and only a report is replaced by the next one.
+GENERATOR = '<meta name="generator" content="rrhf-peft report">'
+_GENERATOR_WITHIN = 2000
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "matplotlib")
+
+
+def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
+    """Report on any number of folders of training, evaluation, rounds and merges in one HTML file.
+
+    Args:
+        paths: The folders, at least one.
+        output: The file; by default report.html in the first folder. An existing report there is replaced, as
+            it can be made again from the folders; any other file is not.
+
+    Returns:
+        The file written.
+
+    Raises:
+        UserError: a folder is none of these kinds or damaged, matplotlib is not installed, or the file is there
+            and no report, or cannot be written.
+    """
+    target = output if output is not None else paths[0] / "report.html"
+    runs = read_runs(paths)  # first: a wrong folder is what a user would want to hear of
+    _refuse_other_files(target)
+    title = "Report on " + _listed(run_names(paths))
+    replace_text(target, render(title, summary(runs), sections(runs), versions(runs)))
+    return target
+
+
+def sections(runs: Runs) -> list[Section]:
+    """What there is to show, the result first."""
+    look = _styles(runs)
+    found: list[Section] = []
+    for place, (name, rounds) in enumerate(runs.rounds.items(), 1):
+        found.append(rounds_section.rounds_section(name, rounds, f"rounds-{place}"))
+        if rounds.evaluation is not None:
+            found.append(
+                evaluation_section.evaluation_section(
+                    name,
+                    rounds.evaluation,
+                    look,
+                    f"rounds-evaluation-{place}",
+                    title=f"All policies of {name}",
+                )
+            )
+    for place, (name, evaluation) in enumerate(runs.evaluations.items(), 1):
+        title = "Evaluation" if len(runs.evaluations) == 1 else f"Evaluation: {name}"
+        found.append(evaluation_section.evaluation_section(name, evaluation, look, f"evaluation-{place}", title=title))
+    if runs.training:
+        found.append(training_section.training_section(runs.training, look, "training"))
+        data = data_section.data_section(runs.training, "data")
+        found += [data] if data is not None else []
+    if runs.merges:
+        found.append(data_section.merge_section(runs.merges, "merge"))
+    if runs.training:
+        found.append(training_section.recipes_section(runs.training, "recipes"))
+    return [section for section in found if section.blocks]
+
+
+def summary(runs: Runs) -> list[Paragraph]:
+    """What a reader in a hurry takes away, where no section says it first: what training alone shows."""
+    if runs.evaluations or runs.rounds:
+        return []
+    return [Paragraph(sentence) for sentence in training_section.in_words(runs.training)]
+
+
+def versions(runs: Runs) -> Facts:
+    """What this page was made with, and by which peft the adapters were saved."""
+    facts = [("rrhf-peft", __version__)]
+    for name in _LIBRARIES:
+        try:
+            facts.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    saved_by = sorted({run.peft_version for run in runs.training.values() if run.peft_version is not None})
+    if saved_by:
+        facts.append(("adapters saved by", ", ".join(f"peft {version}" for version in saved_by)))
+    return Facts(facts)
+
+
+def render(title: str, opening: list[Paragraph], found: list[Section], made_with: Facts) -> str:
+    """The page as HTML; every text in it is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rrhf_peft.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        title=title, opening=opening, sections=found, made_with=made_with
+    )
+
+
+def _styles(runs: Runs) -> dict[str, Style]:
+    """One look for a name wherever it occurs; the policy that an evaluation starts from is grey."""
+    evaluations = [*runs.evaluations.values(), *(one.evaluation for one in runs.rounds.values() if one.evaluation)]
+    policies = [name for evaluation in evaluations for name in evaluation.policies]
+    return styles([*policies, *runs.training], baseline=policies[0] if policies else None)
+
+
+def _refuse_other_files(target: Path) -> None:
+    if not target.exists():
+        return
+    try:
+        with target.open(encoding="utf-8") as file:
+            is_report = GENERATOR in file.read(_GENERATOR_WITHIN)
+    except (OSError, UnicodeDecodeError):
+        is_report = False
+    if not is_report:
+        raise UserError(
+            f"{target}: is there already and is no report of rrhf-peft, so it is not replaced. Choose another --output."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) > 4:
+        return f"{', '.join(names[:3])} and {len(names) - 3} more"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

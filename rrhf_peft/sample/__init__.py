@@ -1,0 +1,1 @@
+"""Sample candidate responses for prompts: `run` is the story, the policies and decoding strategies its workers."""

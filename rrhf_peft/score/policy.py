@@ -1,0 +1,175 @@
+"""RRHF as a reward model: responses scored by their length-normalised log-prob under a policy.
+
+    p_i = (1/|y_i|^a) sum_t log P(y_i,t | x, y_i,<t)      Eq. 1 of https://arxiv.org/abs/2304.05302
+
+Prompt and response are tokenised exactly as training does it, EOS included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rrhf_peft.data import GroupCollator, tokenize_groups
+from rrhf_peft.logprobs import install, prove
+from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
+from rrhf_peft.recipe import Recipe
+from rrhf_peft.recipe.scoring import PolicyScorer
+from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
+from rrhf_peft.score.batches import TokenBudget
+from rrhf_peft.score.input import Candidates
+
+
+class PolicyScores:
+    """p_i of responses under a policy.
+
+    Args:
+        model: causal LM or PEFT model, in evaluation mode on its device.
+        tokenizer: its tokenizer.
+        template: how prompt and response become text.
+        max_prompt_tokens: as in `data`.
+        max_tokens: as in `data`.
+        length_penalty: exponent a.
+        batch_tokens: tokens per batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        template: str = "raw",
+        max_prompt_tokens: int | None = None,
+        max_tokens: int = 512,
+        length_penalty: float = 1.0,
+        batch_tokens: int = 16384,
+    ) -> None:
+        self.model, self.tokenizer, self.length_penalty = model, tokenizer, length_penalty
+        self.limits: dict[str, Any] = {
+            "template": template,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_tokens": max_tokens,
+        }
+        self.budget = TokenBudget(batch_tokens)
+        self.engine = install(model)
+        self.truncated = 0
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and max_tokens > context:
+            raise UserError(
+                f"scoring.scorer.max_tokens: {max_tokens} is more than the policy can read ({context} tokens). Set "
+                f"it to {context} or less."
+            )
+
+    def prove(self, groups: Sequence[Candidates]) -> None:
+        """Let the engine settle its layout on the data's first group that has tokens; every process alike."""
+        tokenized = next((tokens for group in groups for tokens in self._tokenized([group])), None)
+        if tokenized is not None:
+            prove(self.model, self.engine, self._batch([tokenized]))
+
+    def score(self, groups: Sequence[Candidates]) -> list[list[float | None]]:
+        """p_i of every response, in nats per token for a = 1; None for a response without text."""
+        return [
+            [None if own is None else own[0] / own[1] ** self.length_penalty for own in group]
+            for group in self.log_probs(groups)
+        ]
+
+    def log_probs(self, groups: Sequence[Candidates]) -> list[list[tuple[float, int] | None]]:
+        """(log-prob in nats, tokens) of every response, EOS included; None for a response without text."""
+        scores: list[list[tuple[float, int] | None]] = [[None] * len(group.responses) for group in groups]
+        tokenized = self._tokenized(groups)
+        lengths = [len(group.prompt_ids) + sum(map(len, group.response_ids)) for group in tokenized]
+        values = self.budget.map(lengths, lambda batch: self._values([tokenized[place] for place in batch]))
+        for tokens, own in zip(tokenized, values, strict=True):
+            for source, value in zip(tokens.sources, own, strict=True):
+                scores[tokens.index][int(source)] = value
+        # Equal texts of a group were tokenised once.
+        for group, own_scores in zip(groups, scores, strict=True):
+            known = {text: score for text, score in zip(group.responses, own_scores, strict=True) if score is not None}
+            for place, text in enumerate(group.responses):
+                own_scores[place] = known.get(text)
+        return scores
+
+    def _tokenized(self, groups: Sequence[Candidates]) -> list[TokenizedGroup]:
+        """Every different response, `sources` telling its place, `index` the group's place in `groups`.
+
+        Tokenising merges responses that are the same tokens; what it merged is tokenised again.
+        """
+        todo = [
+            {text: place for place, text in reversed(list(enumerate(group.responses))) if text.strip()}
+            for group in groups
+        ]
+        found: list[TokenizedGroup] = []
+        while any(todo):
+            where = [index for index, texts in enumerate(todo) if texts]
+            ranked = [
+                RankedGroup(groups[index].prompt, list(own), [0.0] * len(own), [str(place) for place in own.values()])
+                for index in where
+                for own in [dict(sorted(todo[index].items(), key=lambda item: item[1]))]
+            ]
+            try:
+                kept, report = tokenize_groups(ranked, self.tokenizer, needs_pairs=False, **self.limits)
+            except UserError:
+                if not found:
+                    raise
+                break  # what is left has no tokens
+            self.truncated += report.responses_truncated
+            remaining: list[dict[str, int]] = [{} for _ in groups]
+            for group in kept:
+                index = where[group.index]
+                found.append(TokenizedGroup(group.prompt_ids, group.response_ids, group.scores, group.sources, index))
+                done = set(group.sources)
+                remaining[index] = {text: place for text, place in todo[index].items() if str(place) not in done}
+            todo = remaining
+        return found
+
+    @torch.no_grad()
+    def _values(self, groups: list[TokenizedGroup]) -> list[list[tuple[float, int]]]:
+        log_probs = self.engine.log_probs(self.model, self._batch(groups))
+        values = iter(zip(log_probs.sum.double().tolist(), log_probs.num_tokens.tolist(), strict=True))
+        return [[next(values) for _ in group.response_ids] for group in groups]
+
+    def _batch(self, groups: list[TokenizedGroup]) -> Any:
+        names = sorted({source for group in groups for source in group.sources})
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in GroupCollator(names)(groups).items()}  # type: ignore[attr-defined]
+
+
+def load_policy(section: PolicyScorer, recipe: Recipe) -> PolicyScores:
+    """The policy that the scorer names: a model, an adapter on it, or the recipe's own model.
+
+    Raises:
+        UserError: neither is named, or they cannot be loaded.
+    """
+    settings: dict[str, Any] = {}
+    adapter = section.adapter
+    if section.model is not None:
+        name: str | None = section.model
+    elif recipe.model is not None:
+        name = recipe.model.name
+        fields = ("revision", "dtype", "quantization", "double_quant", "attention", "trust_remote_code")
+        settings = {field: getattr(recipe.model, field) for field in fields}
+        adapter = adapter or recipe.model.init_adapter
+    else:
+        name = read_adapter(adapter).config.base_model_name_or_path if adapter else None
+    if not name:
+        raise UserError("scoring.scorer.model: name the policy, or an adapter that says what its base model is.")
+    own_tokenizer = recipe.model.tokenizer if section.model is None and recipe.model is not None else None
+    tokenizer = load_tokenizer(
+        own_tokenizer or name,
+        revision=settings.get("revision") if own_tokenizer is None else None,
+        trust_remote_code=settings.get("trust_remote_code", False),
+    )
+    model: Any = load_base_model(name, **settings)
+    if adapter is not None:
+        model = attach_adapter(model, None, init_adapter=adapter)
+    return PolicyScores(
+        model.eval().requires_grad_(False),
+        tokenizer,
+        template=section.template,
+        max_prompt_tokens=section.max_prompt_tokens,
+        max_tokens=section.max_tokens,
+        length_penalty=section.length_penalty,
+        batch_tokens=section.batch_tokens,
+    )

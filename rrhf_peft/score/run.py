@@ -1,0 +1,244 @@
+"""Score a recipe's candidates: raw scores unit by unit on all processes, then one scored file.
+
+    candidates.jsonl --scorers--> scored.jsonl.parts/ --combine--> scored.jsonl
+                                                                   scored.failures.jsonl
+                                                                   scored.report.json
+
+Units and their batches depend on the input and the settings alone, so that a run that was killed and
+resumed, on any number of processes, gives what an uninterrupted one gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rrhf_peft.files import replace_text
+from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
+from rrhf_peft.recipe import Recipe
+from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, ScoringSection
+from rrhf_peft.records import UserError
+from rrhf_peft.score.finish import LEAST_RESPONSES, finished_rows
+from rrhf_peft.score.input import Candidates, read_candidates
+from rrhf_peft.score.progress import group_progress
+from rrhf_peft.score.ranking_sheet import write_sheet
+from rrhf_peft.score.report import ScoreReport
+from rrhf_peft.score.scorers import SCORERS, GroupScores, Scorer
+from rrhf_peft.score.transcript import transcript
+
+
+@dataclass(frozen=True)
+class ScoreOutcome:
+    """What scoring leaves.
+
+    Attributes:
+        output: the scored file; None where a ranking sheet was written for people to fill.
+        report: numbers per source, ties, failures; on the main process, and where there is an output.
+        failures: the file of groups with unscored responses, where there are any.
+        sheet: the ranking sheet that was written.
+    """
+
+    output: Path | None = None
+    report: ScoreReport | None = None
+    failures: Path | None = None
+    sheet: Path | None = None
+
+
+def score_recipe(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+    least_responses: int = LEAST_RESPONSES,
+) -> ScoreOutcome:
+    """Score what a recipe's `scoring:` section describes; under a launcher every process calls it.
+
+    Run again after a kill, it continues. The output has the columns prompt, responses, scores, sources,
+    raw_scores (by scorer) and meta, and is ranked data as training reads it.
+
+    Args:
+        recipe: checked recipe with a scoring section.
+        overwrite: replace an existing output, and start again where one was begun.
+        console: where progress goes; standard error by default.
+        least_responses: groups with fewer scored responses are failures; 1 where nothing is to be ranked.
+
+    Raises:
+        UserError: anything the user can mend. What was finished is kept.
+    """
+    assert recipe.scoring is not None, "load_recipe(needs=['scoring'])"
+    section, console = recipe.scoring, console or Console(stderr=True)
+    with launched_processes() as processes, whole_models():
+        return _score(recipe, section, processes, console, overwrite, least_responses)
+
+
+def _score(
+    recipe: Recipe,
+    section: ScoringSection,
+    processes: Processes,
+    console: Console,
+    overwrite: bool,
+    least_responses: int,
+) -> ScoreOutcome:
+    groups = read_candidates(section.input, format=section.format, split=section.split, max_groups=section.max_groups)
+    if isinstance(section.scorer, HumanScorer) and not section.scorer.annotations:
+        return _hand_out(section, section.scorer, groups, main=processes.is_main)
+
+    units = [groups[start : start + section.unit_groups] for start in range(0, len(groups), section.unit_groups)]
+    shards = ShardedOutput(
+        section.output,
+        fingerprint=_fingerprint(recipe, groups),
+        units=len(units),
+        process=processes.index,
+        processes=processes.count,
+    )
+    if processes.is_main:
+        _refuse_output_as_input(section)
+        if finished := shards.open(overwrite=overwrite):
+            console.print(f"continuing: {finished} of {len(units)} units are there already", highlight=False)
+    processes.wait_for_all()
+    scorers = _scorers(recipe, groups)
+    _score_units(shards, units, scorers, console if processes.is_main else Console(quiet=True), processes)
+    processes.wait_for_all()
+    if not processes.is_main:
+        return ScoreOutcome(output=Path(section.output))
+    agreement = {label: asdict(own) for label, scorer in scorers.items() if (own := getattr(scorer, "agreement", None))}
+    return _merge(shards, section, groups, agreement, least_responses)
+
+
+def _scorers(recipe: Recipe, groups: Sequence[Candidates]) -> dict[str, Scorer]:
+    """Label -> scorer; a scorer that stands alone is labelled by its name."""
+    assert recipe.scoring is not None
+    scorer = recipe.scoring.scorer
+    parts: Mapping[str, Any] = {scorer.name: scorer}
+    if isinstance(scorer, CompositeScorer):
+        parts = {label: part.scorer for label, part in scorer.parts.items()}
+    return {label: SCORERS[own.name](own, recipe, recipe.scoring.seed, groups) for label, own in parts.items()}
+
+
+def _score_units(
+    shards: ShardedOutput,
+    units: Sequence[Sequence[Candidates]],
+    scorers: Mapping[str, Scorer],
+    console: Console,
+    processes: Processes,
+) -> None:
+    """Do this process's share of what is missing."""
+    pending = shards.pending()
+    share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
+    with group_progress(console, f"scoring{share}", sum(len(units[unit]) for unit in pending)) as advance:
+        for unit in pending:
+            before = _counts(scorers)
+            by_label = {label: scorer.score(units[unit]) for label, scorer in scorers.items()}
+            used = _counts(scorers)
+            used.subtract(before)
+            rows: list[dict[str, Any]] = [
+                {label: _as_json(own[place]) for label, own in by_label.items()} for place in range(len(units[unit]))
+            ]
+            shards.write(unit, [{"scores": row} for row in rows] + [{"counts": dict(+used)}])
+            advance(len(units[unit]))
+
+
+def _merge(
+    shards: ShardedOutput,
+    section: ScoringSection,
+    groups: Sequence[Candidates],
+    agreement: Mapping[str, Any],
+    least_responses: int,
+) -> ScoreOutcome:
+    """The parts into the scored file, with its failures and its report beside it."""
+    output = Path(section.output)
+    failures, report_path = output.with_suffix(".failures.jsonl"), output.with_suffix(".report.json")
+    outcome: list[ScoreReport] = []
+
+    def finish(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        counts: Counter[str] = Counter()
+        for part in parts:
+            counts.update(part.get("counts", {}))
+        raw = [{label: _from_json(own) for label, own in part["scores"].items()} for part in parts if "scores" in part]
+        rows, failed, report = finished_rows(groups, raw, section.scorer, counts, agreement, least_responses)
+        outcome.append(report)
+        failures.unlink(missing_ok=True)
+        if failed:
+            replace_text(failures, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed))
+        replace_text(report_path, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        if not rows:
+            reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items()) or "groups of one"
+            wanted = "two scored responses" if least_responses == 2 else "a scored response"
+            raise UserError(
+                f"{output}: not written, because no group has {wanted} ({reasons}). {failures} holds them "
+                "all. Mend the cause and pass --overwrite."
+            )
+        return rows
+
+    shards.merge(finish)
+    return ScoreOutcome(output, outcome[0], failures if failures.exists() else None)
+
+
+def _hand_out(
+    section: ScoringSection, scorer: HumanScorer, groups: Sequence[Candidates], *, main: bool
+) -> ScoreOutcome:
+    sheet = Path(scorer.sheet)
+    if main:
+        write_sheet(sheet, [(transcript(group.prompt), group.responses) for group in groups], section.seed)
+    return ScoreOutcome(sheet=sheet)
+
+
+def _fingerprint(recipe: Recipe, groups: Sequence[Candidates]) -> str:
+    """Of everything the raw scores depend on; not of settings that only change the effort."""
+    assert recipe.scoring is not None
+    section = recipe.scoring
+    scorer = section.scorer
+    singles = [part.scorer for part in scorer.parts.values()] if isinstance(scorer, CompositeScorer) else [scorer]
+    sheets = [Path(file) for own in singles if isinstance(own, HumanScorer) for file in own.annotations]
+    settings = {
+        "seed": section.seed,
+        "unit_groups": section.unit_groups,
+        "scorer": _without_effort(scorer),
+        "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
+        "sheets": [hashlib.sha256(sheet.read_bytes()).hexdigest() for sheet in sheets if sheet.is_file()],
+    }
+    digest = hashlib.sha256(json.dumps(settings).encode())  # unsorted: of patterns the first that matches counts
+    for group in groups:
+        digest.update(json.dumps([group.prompt, group.responses, group.sources, group.raw_scores]).encode())
+    return digest.hexdigest()
+
+
+def _without_effort(scorer: Any) -> dict[str, Any]:
+    values = scorer.model_dump(mode="json", exclude=set(scorer.EFFORT))
+    if isinstance(scorer, CompositeScorer):
+        for label, part in scorer.parts.items():
+            values["parts"][label]["scorer"] = _without_effort(part.scorer)
+    return values
+
+
+def _refuse_output_as_input(section: ScoringSection) -> None:
+    places = [section.input] if isinstance(section.input, str) else section.input
+    if Path(section.output).resolve() in {Path(place).resolve() for place in places}:
+        raise UserError(f"scoring.output: {section.output} is scoring.input as well. Name another file.")
+
+
+def _counts(scorers: Mapping[str, Scorer]) -> Counter[str]:
+    """The scorers' totals; of several, each under its label."""
+    return Counter(
+        {
+            name if len(scorers) == 1 else f"{label}: {name}": count
+            for label, scorer in scorers.items()
+            for name, count in scorer.counts().items()
+        }
+    )
+
+
+def _as_json(own: GroupScores) -> dict[str, Any]:
+    return {name: value for name, value in asdict(own).items() if value}
+
+
+def _from_json(values: Mapping[str, Any]) -> GroupScores:
+    failures = {int(place): reason for place, reason in values.get("failures", {}).items()}
+    return GroupScores(values["scores"], failures, values.get("aspects", {}))

@@ -1,0 +1,292 @@
+"""`OnlineTrainer`: the policy answers its own training prompts while it is trained (OP-k of arXiv 2304.05302).
+
+Every `every` optimizer steps it answers the prompts of the next ones, the reward scores the answers, and the
+steps are taken on these groups. The KL penalty compares it with itself, its adapter switched off, so that
+no second copy of the weights is ever held.
+
+A refresh falls on every multiple of `every` and on every epoch's start. Its random streams are named by seed,
+step, prompt and candidate, so a run resumed from a checkpoint at such a step goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
+from transformers.trainer_utils import SaveStrategy
+
+from rrhf_peft.data import GroupCollator
+from rrhf_peft.data.cleaning import why_dropped
+from rrhf_peft.files import replace_text
+from rrhf_peft.objectives import NEEDS_PAIRS
+from rrhf_peft.records import GroupBatch, Mean, TokenizedGroup, UserError
+from rrhf_peft.sample.candidate import Candidate, Decoding
+from rrhf_peft.sample.transformers_policy import TokenBudget, respond
+from rrhf_peft.score.input import Candidates
+from rrhf_peft.train.config import RRHFConfig
+from rrhf_peft.train.metrics import MetricSums
+from rrhf_peft.train.online_groups import Answers, answers_of, stand_in
+from rrhf_peft.train.online_prompts import OnlinePrompt
+from rrhf_peft.train.online_rewards import Reward
+from rrhf_peft.train.reference import adapter_off_log_probs, evaluating
+from rrhf_peft.train.trainer import RRHFTrainer
+
+logger = logging.getLogger(__name__)
+
+#: The folder of a run that holds what was sampled, one file for each refresh.
+SAMPLED = "online"
+
+#: What the log tells of every refresh; `kl/*` where there is an adapter to switch off.
+_MEASURED = ("rewards/mean", "rewards/max", "kl/response", "kl/token", "response_tokens", "groups_without_pairs")
+
+#: After this many refreshes of which nothing could be learned, the run says so.
+REFRESHES_IN_VAIN = 3
+
+
+class OnlineTrainer(RRHFTrainer):
+    """Train a causal LM, or an adapter on one, with its own responses.
+
+    Args:
+        model, args, eval_dataset, processing_class, peft_config, callbacks, optimizers: as for `RRHFTrainer`.
+        train_dataset: the prompts.
+        reward: scores groups of candidates.
+        every: optimizer steps between two refreshes.
+        decoding: how the policy answers.
+        own_source: what its responses are called in the logs.
+        kl_coefficient: b of reward - b * KL against the adapter-off policy.
+        kl_reduction: a response's KL is the sum over its tokens of the log-ratio, or their mean.
+        seed: of the random streams.
+        batch_tokens: tokens decoded together; halved when memory is out.
+
+    Raises:
+        UserError: sharded weights, a penalty without an adapter, or checkpoints between two refreshes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: RRHFConfig,
+        train_dataset: Sequence[OnlinePrompt],
+        reward: Reward,
+        *,
+        every: int,
+        decoding: Decoding,
+        own_source: str = "online",
+        kl_coefficient: float = 0.0,
+        kl_reduction: Literal["sum", "mean"] = "sum",
+        seed: int = 0,
+        batch_tokens: int = 16384,
+        **rest: Any,
+    ) -> None:
+        _refuse_checkpoints_between(args, every)
+        super().__init__(model=model, args=args, **rest)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise UserError(
+                "online: every process samples from a whole model, and FSDP and DeepSpeed share its weights out. "
+                "Launch with recipes/accelerate/ddp.yaml, and set model.quantization: nf4 where the model does not "
+                "fit, or use rrhf-peft rounds, which samples between the trainings."
+            )
+        if kl_coefficient > 0 and not isinstance(self.model, PeftModel):
+            raise UserError(
+                "online.kl_coefficient: the penalty is against the model with its adapter off, and there is no "
+                "adapter. Give one (adapter: {}), or set online.kl_coefficient: 0."
+            )
+        if self.reference == "cached":
+            raise UserError(
+                "objective.reference: online training makes new responses, which no cache holds. Give a new "
+                "adapter, or set objective.reference: adapter_off to compare with the base."
+            )
+        self.train_dataset = list(train_dataset)
+        provided = dict.fromkeys(name for item in train_dataset for name in item.sources)
+        self.source_names = list(dict.fromkeys([own_source, *provided, *self.source_names]))
+        self.data_collator = _PromptsOrGroups(self.source_names)
+        self.reward, self.every, self.decoding, self.own_source = reward, every, decoding, own_source
+        self.kl_coefficient, self.kl_reduction = kl_coefficient, kl_reduction
+        self.seed, self.budget = seed, TokenBudget(batch_tokens)
+        self._ready: deque[list[GroupBatch]] = deque()
+        self._epoch: Iterator[Any] | None = None
+        self._sampled = MetricSums()
+        self._in_vain = 0
+
+    # ---- Batches ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[GroupBatch], torch.Tensor]:
+        """The micro-batches of one optimizer step, of which the refresh makes those of several at once."""
+        if epoch_iterator is not self._epoch:  # what an earlier call of `train` has left is stale
+            self._ready.clear()
+            self._epoch = epoch_iterator
+        if not self._ready:
+            self._ready.extend(self._refresh(self._next_prompts(epoch_iterator)))
+        batches = self._ready.popleft()
+        assert len(batches) == num_batches, (len(batches), num_batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _next_prompts(self, epoch: Iterator[list[OnlinePrompt]]) -> list[list[list[OnlinePrompt]]]:
+        """By step and micro-batch: up to the next multiple of `every`, the epoch's end, or the run's."""
+        step = self.state.global_step
+        steps = min(self.every - step % self.every, self.state.max_steps - step)
+        found = (list(islice(epoch, self.args.gradient_accumulation_steps)) for _ in range(steps))
+        return [batches for batches in found if batches]
+
+    def _refresh(self, steps: list[list[list[OnlinePrompt]]]) -> list[list[GroupBatch]]:
+        """Answer, score and penalise; collective. Every process does so for its own prompts."""
+        for name in _MEASURED:  # every process adds every name, also those that it has nothing to say of
+            self._add(name, 0.0, 0.0)
+        prompts = [item for batches in steps for batch in batches for item in batch]
+        answered = self._answer(prompts)
+        options = (self.args.objective in NEEDS_PAIRS, self.objective_options.get("min_score_gap", 0.0))
+        learned = [why_dropped(own.scores, *options) is None for own in answered]
+        self._record(answered, learned)
+
+        groups = (own.group() if teaches else None for own, teaches in zip(answered, learned, strict=True))
+        return [[self._batch([next(groups) for _ in batch], batch[0]) for batch in batches] for batches in steps]
+
+    def _batch(self, groups: Sequence[TokenizedGroup | None], prompt: OnlinePrompt) -> GroupBatch:
+        eos = int(self.processing_class.eos_token_id)  # type: ignore[union-attr]
+        kept = [group for group in groups if group is not None]
+        collate: Any = self.data_collator
+        return collate(kept or [stand_in(prompt, self.own_source, eos)])
+
+    # ---- Answers ----
+
+    def _answer(self, prompts: Sequence[OnlinePrompt]) -> list[Answers]:
+        """The prompts' distinct responses with their scores."""
+        began = time.perf_counter()
+        tokenizer: Any = self.processing_class
+        keys = [f"{self.seed}/{self.state.global_step}/{item.index}" for item in prompts]
+        ids = [item.prompt_ids for item in prompts]
+        candidates = respond(self.model, tokenizer, ids, keys, self.decoding, self.budget)
+        sampled = time.perf_counter()
+        rewards = self.reward(
+            [
+                Candidates(
+                    item.index,
+                    item.prompt,
+                    [*item.responses, *(candidate.text for candidate in own)],
+                    [*item.sources, *[self.own_source] * len(own)],
+                    {},
+                    {},
+                )
+                for item, own in zip(prompts, candidates, strict=True)
+            ]
+        )
+        self._add_time("sampling_seconds", sampled - began)
+        self._add_time("scoring_seconds", time.perf_counter() - sampled)
+        answered = [
+            answers_of(
+                item,
+                own,
+                self.own_source,
+                scores,
+                tokenizer,
+                template=self.args.template,
+                max_tokens=self.args.max_tokens,
+            )
+            for item, own, scores in zip(prompts, candidates, rewards, strict=True)
+        ]
+        for item, own, scores in zip(prompts, candidates, rewards, strict=True):
+            self._measure(own, [score for score in scores[len(item.responses) :] if score is not None])
+        self._compare_with_adapter_off(answered)
+        return answered
+
+    def _compare_with_adapter_off(self, answered: Sequence[Answers]) -> None:
+        """Log-ratios of all responses to the adapter-off policy, and the penalty where there is one."""
+        usable = [own for own in answered if own.response_ids]
+        size = self.args.per_device_train_batch_size
+        parts = [usable[start : start + size] for start in range(0, len(usable), size)]
+        model: Any = self.model  # as it is inside DDP: nothing here has a gradient to synchronise
+        with evaluating(model):
+            if self.proof is None:  # collective: also where this process has nothing to compare
+                prompt = answered[0].prompt
+                first = self._batch([own.group() for own in parts[0]] if parts else [], prompt)
+                self._prove_engine(model, self._prepare_input(first))
+            if not isinstance(model, PeftModel):
+                return
+            for part in parts:
+                batch = self._prepare_input(self._batch([own.group() for own in part], part[0].prompt))
+                with self.compute_loss_context_manager():
+                    policy = self.engine.log_probs(model, batch)
+                    reference = adapter_off_log_probs(self.engine, model, batch)
+                ratios = iter((policy.sum.double() - reference.sum.double()).tolist())
+                for own in part:
+                    log_ratios = [next(ratios) for _ in own.response_ids]
+                    own.penalise(log_ratios, self.kl_coefficient, self.kl_reduction)
+                    self._measure_kl(own, log_ratios)
+
+    # ---- Log ----
+
+    def _measure(self, candidates: Sequence[Candidate], rewards: Sequence[float]) -> None:
+        """The policy's own responses, repeated ones too: this is how good it is now."""
+        best = [max(rewards)] if rewards else []
+        self._add("rewards/mean", sum(rewards), len(rewards))
+        self._add("rewards/max", sum(best), len(best))
+        self._add("response_tokens", sum(candidate.num_tokens for candidate in candidates), len(candidates))
+
+    def _measure_kl(self, own: Answers, log_ratios: Sequence[float]) -> None:
+        mine = [
+            (ratio, len(ids))
+            for ratio, ids, is_own in zip(log_ratios, own.response_ids, own.sampled, strict=True)
+            if is_own
+        ]
+        self._add("kl/response", sum(ratio for ratio, _ in mine), len(mine))
+        self._add("kl/token", sum(ratio for ratio, _ in mine), sum(length for _, length in mine))
+
+    def _record(self, answered: Sequence[Answers], learned: Sequence[bool]) -> None:
+        """What was sampled into its file, what it was like into the log; collective."""
+        step = self.state.global_step
+        rows = [own.row(teaches) for own, teaches in zip(answered, learned, strict=True)]
+        everyone = gather_object(rows)
+        if self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / SAMPLED / f"step-{step:06}.jsonl"
+            replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in everyone))
+        self._add("groups_without_pairs", len(learned) - sum(learned), len(learned))
+        self.log({"refresh": float(step), **self._sampled.pop(self.accelerator)})
+        if any(row["meta"]["learned"] for row in everyone):
+            self._in_vain = -1
+        elif self._in_vain >= 0:
+            self._in_vain += 1
+        if self._in_vain == REFRESHES_IN_VAIN and self.is_world_process_zero():
+            logger.warning(
+                "online: in %d refreshes no group had responses of different scores, so nothing has been learned. "
+                "Raise online.decoding.temperature or k, check the scorer, and look at %s.",
+                self._in_vain,
+                Path(str(self.args.output_dir)) / SAMPLED,
+            )
+
+    def _add_time(self, name: str, seconds: float) -> None:
+        self._add(name, seconds, 1)
+
+    def _add(self, name: str, total: float, weight: float) -> None:
+        device = self.args.device
+        self._sampled.add({name: Mean(torch.tensor(total, device=device), torch.tensor(weight, device=device))})
+
+
+class _PromptsOrGroups(GroupCollator):
+    """Training batches are lists of prompts until the policy has answered them; held-out ones are groups."""
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        if isinstance(items[0], OnlinePrompt):
+            return list(items)
+        return super().__call__(items)
+
+
+def _refuse_checkpoints_between(args: RRHFConfig, every: int) -> None:
+    """Refuse checkpoints whose continuation would lack what was sampled before them."""
+    between = args.save_strategy == SaveStrategy.STEPS and args.save_steps % every
+    if between or args.save_strategy == SaveStrategy.BEST:
+        raise UserError(
+            f"training.save_steps: a checkpoint can only be continued where new responses are sampled, at multiples of "
+            f"online.every = {every} and at the end of an epoch. Set training.save_steps to a multiple of it, or "
+            "training.save_strategy to epoch or no."
+        )

@@ -1,0 +1,305 @@
+"""`RRHFTrainer`: transformers.Trainer whose batch is ranked groups and whose loss is an objective.
+
+What differs from the base class: the collator, the loss, its weight in an optimizer step, and the
+metrics. Everything else (loop, optimizers, distributed wrappers, checkpoints) is transformers'.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from peft import PeftConfig, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
+from rrhf_peft.logprobs import Proof, install, prove
+from rrhf_peft.modeling import load_base_model, load_tokenizer, prepare_for_training
+from rrhf_peft.objectives import NEEDS_PAIRS, OBJECTIVES
+from rrhf_peft.records import GroupBatch, Mean, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
+from rrhf_peft.train.callbacks import GradientCheck, TrainingProgress
+from rrhf_peft.train.config import RRHFConfig
+from rrhf_peft.train.metrics import MetricSums, source_metrics
+from rrhf_peft.train.reference import (
+    FILE,
+    ReferenceCache,
+    adapter_off_log_probs,
+    evaluating,
+    resolve_reference,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RRHFTrainer(Trainer):
+    """Train a causal LM, or an adapter on one, with ranked responses.
+
+    Args:
+        model: hub id or folder, or a loaded model (bare or already a PeftModel).
+        args: `RRHFConfig`.
+        train_dataset: ranked or tokenised groups, or a `datasets.Dataset` with the columns prompt,
+            responses, scores and optionally sources.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; loaded from `model` when that is a name.
+        peft_config: a `peft.LoraConfig` for a new adapter; None trains the model as it is given.
+        callbacks, optimizers: as in transformers.
+
+    Raises:
+        UserError: no usable data, no trainable weights, a non-finite loss, gradients that vanish.
+    """
+
+    args: RRHFConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: RRHFConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if processing_class is None:
+            name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
+            processing_class = load_tokenizer(name)
+        if isinstance(model, str):
+            model = load_base_model(model)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        prepare_for_training(model, gradient_checkpointing=bool(args.gradient_checkpointing))
+        self.objective: Callable[..., tuple[torch.Tensor, Metrics]] = OBJECTIVES[args.objective]
+        self.objective_options = dict(args.objective_options)
+        train = _tokenised(train_dataset, processing_class, args) if train_dataset is not None else None
+        held_out = _tokenised(eval_dataset, processing_class, args) if eval_dataset is not None else None
+        self.reference = resolve_reference(args.objective, args.reference, model)
+        splits = {"train": train, "eval": held_out}
+        self.reference_cache = ReferenceCache(
+            {name: groups for name, groups in splits.items() if groups is not None and self.reference == "cached"}
+        )
+        self.source_names = source_names([*(train or ()), *(held_out or ())])
+        self.engine = install(model, layout=args.layout, chunk_tokens=args.chunk_tokens)
+        self.proof: Proof | None = None
+        self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._loss_so_far = torch.zeros((), device=args.device)
+        self._last_log = (time.perf_counter(), 0)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=GroupCollator(self.source_names),  # type: ignore[arg-type]
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=processing_class,
+            callbacks=[GradientCheck(self._lost_anything), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True  # compute_loss weighs by groups in the step
+        self.remove_callback(PrinterCallback)
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.engine.same_chunks_everywhere = sharded
+
+    # ---- Loss ----
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective's mean over the micro-batch's groups, weighed by its share of the step's groups.
+
+        DDP and FSDP average gradients over processes, hence the factor num_processes: the result is
+        the mean over all groups of the optimizer step, however they were split.
+        """
+        if self.proof is None:
+            self._prove_engine(model, inputs)
+        reference = self.reference_log_probs(model, inputs)  # first: no graph of the policy's fills the memory yet
+        log_probs = self.engine.log_probs(model, inputs)
+        loss, metrics = self.objective(log_probs, inputs["scores"], reference=reference, **self.objective_options)
+        self._require_finite(log_probs, loss, inputs)
+        metrics = {**metrics, **source_metrics(log_probs, inputs["source"], self.source_names)}
+        groups = _groups_in(inputs)
+        if groups == 0:  # a stand-in, whose names every process still needs to add
+            metrics = {name: Mean(0 * mean.weight, 0 * mean.weight) for name, mean in metrics.items()}
+            loss = 0 * loss
+        self._sums["train" if model.training else "eval"].add(metrics)
+        self._loss_so_far += loss.detach().abs()
+        if num_items_in_batch is not None:
+            loss = loss * (groups * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, log_probs) if return_outputs else loss
+
+    def _prove_engine(self, model: nn.Module, inputs: Any) -> None:
+        """On the first batch of the run: settle the layout that gives this model's own log-probs."""
+        self.proof = prove(model, self.engine, inputs, fall_back=self.args.layout != "shared")
+        if self.proof.rejected and self.is_world_process_zero():
+            logger.warning(
+                "engine: %s; this run uses the %s layout%s",
+                "; ".join(self.proof.rejected),
+                self.proof.layout,
+                " with the model's own logits" if self.proof.own_logits else "",
+            )
+
+    def reference_log_probs(self, model: nn.Module, inputs: Any) -> ResponseLogProbs | None:
+        """The reference policy's log-probs of a batch, or None for an objective without one; collective."""
+        if self.reference is None:
+            return None
+        if self.reference == "adapter_off":
+            return adapter_off_log_probs(self.engine, model, inputs)
+        if not self.reference_cache.is_filled:
+            self._fill_reference_cache(model)
+        return self.reference_cache.look_up("train" if model.training else "eval", inputs)
+
+    def _fill_reference_cache(self, model: nn.Module) -> None:
+        """Once, before the first step: from the starting policy, or from the run folder when it is resumed."""
+        path = Path(str(self.args.output_dir)) / FILE
+        if self.state.global_step > 0:
+            self.reference_cache.read(path)
+            return
+
+        def log_probs(batch: Any) -> ResponseLogProbs:
+            with evaluating(model):
+                return self.engine.log_probs(model, self._prepare_inputs(batch))
+
+        collate = GroupCollator(self.source_names)
+        self.reference_cache.compute(log_probs, collate, self.args.eval_batch_size, self.accelerator, self._say)
+        if self.args.should_save:
+            self.reference_cache.write(path)
+        self.accelerator.wait_for_everyone()
+        self._last_log = (time.perf_counter(), self.engine.tokens.seen)  # the pass is no part of the step's rate
+
+    def _say(self, line: str) -> None:
+        """Tell the user, above the progress bar where there is one."""
+        displays = [item for item in self.callback_handler.callbacks if isinstance(item, TrainingProgress)]
+        if self.is_world_process_zero():
+            displays[0].console.print(line, highlight=False) if displays else logger.info(line)
+
+    def _lost_anything(self) -> bool:
+        """Whether any process has seen a loss other than 0, which has no gradient; collective."""
+        return bool(self.accelerator.reduce(self._loss_so_far, reduction="sum") > 0)
+
+    def _get_num_items_in_batch(self, batch_samples: list[GroupBatch], device: torch.device) -> torch.Tensor:
+        """Groups in this optimizer step, over all micro-batches and processes."""
+        groups = torch.tensor(sum(map(_groups_in, batch_samples)), device=device)
+        return self.accelerator.reduce(groups, reduction="sum").clamp(min=1)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move to the device and nothing else: DeepSpeed's cast of floats to bf16 would tie close scores."""
+        if isinstance(data, dict):
+            return {name: self._prepare_input(value) for name, value in data.items()}
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else data
+
+    def _require_finite(self, log_probs: ResponseLogProbs, loss: torch.Tensor, inputs: Any) -> None:
+        if torch.isfinite(loss):
+            return
+        bad = inputs["index"][log_probs.group[~torch.isfinite(log_probs.sum)]].unique().tolist()
+        where = f"in group{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else "in the objective"
+        raise UserError(
+            f"step {self.state.global_step + 1}: the loss is not finite ({loss.item()}), {where} of the training data. "
+            "Training stopped before the weights took harm; lower training.learning_rate or set "
+            "training.max_grad_norm, look at that group with `rrhf-peft inspect`, and resume from the last checkpoint."
+        )
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """The loss of one held-out batch; its metrics go to the log."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    # ---- Log and save ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics gathered since the last log: means over all groups and pairs, not over batches."""
+        for split, prefix in (("train", ""), ("eval", "eval_")):
+            if f"{prefix}loss" in logs:
+                means = self._sums[split].pop(self.accelerator)
+                logs |= {f"{prefix}{name}": value for name, value in means.items()}
+        if "loss" in logs:
+            logs |= self._rates()
+        super().log(logs, start_time)
+
+    def _rates(self) -> dict[str, float]:
+        """Tokens per second over all processes, what sharing prompts saved, and the highest memory use."""
+        then, before = self._last_log
+        now, tokens = time.perf_counter(), self.engine.tokens
+        self._last_log = (now, tokens.seen)
+        counts = torch.tensor([tokens.seen - before, tokens.seen, tokens.unshared], device=self.args.device)
+        new, seen, unshared = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return {
+            "tokens_per_second": new / (now - then),
+            "tokens_saved": 1 - seen / unshared if unshared else 0.0,
+            "peak_memory_gib": _peak_memory() / 2**30,
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save as transformers does, then look: sharded training can write tensors without elements."""
+        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
+        for file in sorted(folder.glob("*.safetensors")) if self.args.should_save else ():
+            with safe_open(file, framework="pt") as tensors:
+                empty = [name for name in tensors.keys() if 0 in tensors.get_slice(name).get_shape()]  # noqa: SIM118
+            if empty:
+                raise UserError(
+                    f"{file}: {len(empty)} tensors were saved without elements, {empty[0]} first. They are still "
+                    "sharded; set fsdp_state_dict_type: FULL_STATE_DICT (FSDP) or zero3_save_16bit_model: true "
+                    "(ZeRO-3) in the accelerate config."
+                )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """All processes' states are on disk before the trainer state that declares a checkpoint whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+
+def _groups_in(batch: Any) -> int:
+    """Groups that count: one with an index below 0 stands in where a micro-batch has none (`training.online`)."""
+    return int((batch["index"] >= 0).sum())
+
+
+def _tokenised(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: RRHFConfig) -> list[TokenizedGroup]:
+    groups = [item if isinstance(item, RankedGroup | TokenizedGroup) else _group_of(item) for item in dataset]
+    if all(isinstance(group, TokenizedGroup) for group in groups):
+        return groups  # type: ignore[return-value]
+    tokenised, _ = tokenize_groups(
+        groups,  # type: ignore[arg-type]
+        tokenizer,
+        template=args.template,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_tokens=args.max_tokens,
+        overlong_prompt=args.overlong_prompt,
+        needs_pairs=args.objective in NEEDS_PAIRS,
+        min_score_gap=args.objective_options.get("min_score_gap", 0.0),
+    )
+    return tokenised
+
+
+def _group_of(row: Any) -> RankedGroup:
+    """A row of a `datasets.Dataset`; read files of other formats with `rrhf_peft.data.read_groups`."""
+    missing = {"prompt", "responses", "scores"} - set(row)
+    if missing:
+        raise UserError(
+            f"train_dataset: a row has no column {', '.join(sorted(missing))} (it has {', '.join(row)}). "
+            "Give prompt, responses and scores, or read the data with rrhf_peft.data.read_groups."
+        )
+    sources = row.get("sources") or [f"response-{number}" for number in range(len(row["responses"]))]
+    return RankedGroup(row["prompt"], list(row["responses"]), [float(s) for s in row["scores"]], list(sources))
+
+
+def _peak_memory() -> int:
+    """Most bytes held: by tensors on the GPU, or by the whole process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where training without a GPU is not supported
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,269 @@
+"""From prompts and policies to candidates: every kind of prompt file, mixed policies, adapters, provided responses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from sample.sample_recipes import MIXED, read_rows, sample_recipe_of, write_prompts
+
+from rrhf_peft.modeling import attach_adapter, load_base_model
+from rrhf_peft.recipe import make_recipe
+from rrhf_peft.records import UserError
+from rrhf_peft.sample.policies import PolicyLoader, make_stages
+from rrhf_peft.sample.prompt_files import read_prompts
+from rrhf_peft.sample.run import sample_recipe
+
+TRANSCRIPT = "\n\nHuman: q\n\nAssistant:"
+TOP_P = {"strategy": "top_p", "k": 2, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model_folder, tmp_path_factory):
+    """Two adapters on different layers, each a large change; the initialisation of the second changes the base."""
+    folders = []
+    for number, fields in enumerate(
+        [{"init_lora_weights": True}, {"init_lora_weights": "pissa", "target_modules": ["q_proj", "v_proj"]}]
+    ):
+        torch.manual_seed(number)
+        model = attach_adapter(load_base_model(tiny_model_folder), {"r": 4, **fields})
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.add_(torch.randn_like(weight))
+        folder = tmp_path_factory.mktemp("adapters") / f"adapter-{number}"
+        model.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+def test_strategies_mix_in_one_row_for_each_prompt(tiny_model_folder, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.json", 10)
+    output = tmp_path / "out" / "candidates.jsonl"
+    outcome = sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output))
+    rows = read_rows(output)
+    assert [row["prompt"] for row in rows] == json.loads(prompts.read_text(encoding="utf-8"))
+    assert [path.name for path in output.parent.iterdir()] == ["candidates.jsonl"]
+    name = tiny_model_folder.name
+    for index, row in enumerate(rows):
+        details, removed = row["meta"]["candidates"], row["meta"]["removed"]
+        assert row["meta"]["prompt_index"] == index
+        assert len(row["responses"]) == len(row["sources"]) == len(details) == 9 - len(removed)
+        assert len(set(row["responses"])) == len(row["responses"])
+        for source, detail in zip(row["sources"], details, strict=True):
+            assert source == f"{detail['strategy']}:{name}"
+            assert detail["policy"] == name
+            assert (detail["log_prob"] is None) == (detail["strategy"] == "beam")
+            assert 1 <= detail["num_tokens"] <= 10
+    assert outcome.report.prompts == 10
+    assert outcome.report.responses == sum(len(row["responses"]) for row in rows)
+    assert set(outcome.report.sources) == {f"{entry['strategy']}:{name}" for entry in MIXED}
+    for source, report in outcome.report.sources.items():
+        own = [item for row in rows for item in row["meta"]["removed"] if item["source"] == source]
+        assert report.duplicates == sum(item["reason"] == "duplicate" for item in own)
+        assert report.empty == sum(item["reason"] == "empty" for item in own)
+    with pytest.raises(UserError, match="already exists"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output))
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output), overwrite=True)
+    assert read_rows(output) == rows
+
+
+def test_rows_do_not_depend_on_units_or_budget_but_on_the_seed(tiny_model_folder, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.json", 8)
+    settings = {"base": {}, "other": {"unit_prompts": 5, "batch_tokens": 5000}, "seed": {"seed": 1}}
+    rows = {}
+    for name, changes in settings.items():
+        output = tmp_path / f"{name}.jsonl"
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, **changes))
+        rows[name] = [row["responses"] for row in read_rows(output)]
+    assert rows["base"] == rows["other"]
+    assert rows["base"] != rows["seed"]
+
+
+def test_adapters_take_turns_on_one_base(tiny_model_folder, adapters, tmp_path, monkeypatch):
+    from rrhf_peft.collecting import sample_policies
+
+    loads = []
+    load = sample_policies.load_base_model
+    monkeypatch.setattr(sample_policies, "load_base_model", lambda *a, **k: loads.append(a[0]) or load(*a, **k))
+    prompts = write_prompts(tmp_path / "prompts.json", 4)
+    variants = {
+        "base": TOP_P,
+        "plain": {**TOP_P, "adapter": str(adapters[0])},
+        "pissa": {**TOP_P, "adapter": str(adapters[1])},
+    }
+    order = ["base", "plain", "pissa", "base", "plain"]  # entries of one policy share a stage
+    entries = [{**variants[name], "source": f"{name}-{place}"} for place, name in enumerate(order)]
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "all.jsonl", entries))
+    assert len(loads) == 1
+    together = by_source(tmp_path / "all.jsonl")
+    for place, name in enumerate(order):
+        alone = [{**TOP_P, "temperature": 1e-4}] * place + [{**variants[name], "source": "it"}]
+        output = tmp_path / f"alone-{place}.jsonl"
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, alone, keep_provided=False))
+        assert by_source(output)["it"] == together[f"{name}-{place}"], name
+    assert together["base-0"] != together["plain-1"] != together["pissa-2"]
+
+
+def test_after_an_adapter_that_changes_the_base_the_base_is_loaded_again(tiny_model_folder, adapters, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.json", 4)
+    entries = [{**TOP_P, "adapter": str(adapters[1]), "source": "pissa"}, {**TOP_P, "source": "base"}]
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "both.jsonl", entries))
+    alone = [{**TOP_P, "temperature": 1e-4}, {**TOP_P, "source": "base"}]
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "alone.jsonl", alone))
+    assert by_source(tmp_path / "both.jsonl")["base"] == by_source(tmp_path / "alone.jsonl")["base"]
+
+
+def by_source(path):
+    found = {}
+    for row in read_rows(path):
+        for source, text in zip(row["sources"], row["responses"], strict=True):
+            found.setdefault(source, []).append((row["meta"]["prompt_index"], text))
+    return found
+
+
+def test_stages_with_one_base_stand_side_by_side():
+    entry = {"strategy": "top_p"}
+    candidates = [entry, {**entry, "model": "other/model"}, {**entry, "adapter": "runs/a"}, {**entry, "model": "my/m"}]
+    values = {
+        "model": {"name": "my/m", "quantization": "nf4", "init_adapter": "runs/b"},
+        "sampling": {"prompts": "p", "output": "o.jsonl", "candidates": candidates},
+    }
+    stages = make_stages(make_recipe(values, needs=["sampling"]))
+    assert [(stage.name, stage.adapter, sorted(stage.entries)) for stage in stages] == [
+        ("b", "runs/b", [0]),
+        ("a", "runs/a", [2]),
+        ("m", None, [3]),
+        ("model", None, [1]),
+    ]
+    assert stages[3].model.quantization == "nf4"
+
+
+def test_provided_responses_stay_in_front_with_their_scores(tiny_model_folder, tmp_path):
+    ranked = tmp_path / "ranked.jsonl"
+    group = {"prompt": "Why?", "responses": ["Because.", " ", "Because.", "Ask."], "scores": [1.0, 3.0, 0.5, 2.0]}
+    ranked.write_text(json.dumps({**group, "sources": ["human", "x", "model", "chosen"]}) + "\n")
+    sample_recipe(sample_recipe_of(tiny_model_folder, ranked, tmp_path / "a.jsonl", [TOP_P]))
+    (row,) = read_rows(tmp_path / "a.jsonl")
+    assert row["responses"][:2] == ["Because.", "Ask."]
+    assert row["sources"][:2] == ["human", "chosen"]
+    assert [detail["provided_score"] for detail in row["meta"]["candidates"][:3]] == [1.0, 2.0, None]
+    assert row["meta"]["removed"] == [{"source": "x", "reason": "empty"}, {"source": "model", "reason": "duplicate"}]
+    assert row["meta"]["line"] == 1
+
+    sample_recipe(sample_recipe_of(tiny_model_folder, ranked, tmp_path / "b.jsonl", [TOP_P], keep_provided=False))
+    (without,) = read_rows(tmp_path / "b.jsonl")
+    assert without["responses"] == row["responses"][2:]
+
+    # P: provided responses only, and no model at all
+    values = {"sampling": {"prompts": str(ranked), "output": str(tmp_path / "p.jsonl")}}
+    sample_recipe(make_recipe(values, needs=["sampling"]))
+    assert read_rows(tmp_path / "p.jsonl")[0]["responses"] == ["Because.", "Ask."]
+
+    # its output is a prompt file again
+    (prompt,) = read_prompts(str(tmp_path / "b.jsonl"))
+    assert (prompt.responses, prompt.scores) == (without["responses"], [None, None])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.txt", "one\n\nzwei 🙂\r\n", ["one", "zwei 🙂"]),
+        ("a.json", '["one", "two\\nlines"]', ["one", "two\nlines"]),
+        ("b.json", '[{"prompt": "one"}, {"prompt": "two", "id": 7}]', ["one", "two"]),
+        ("a.jsonl", '{"prompt": "one"}\n{"prompt": [{"role": "user", "content": "hi"}]}\n', None),
+        ("b.jsonl", '{"prompt": "one", "chosen": "y", "rejected": "n"}\n', ["one"]),
+        ("c.jsonl", json.dumps({"chosen": f"{TRANSCRIPT} y", "rejected": f"{TRANSCRIPT} n"}) + "\n", [TRANSCRIPT]),
+    ],
+)
+def test_prompt_files(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    found = read_prompts(str(tmp_path / name))
+    if expected is not None:
+        assert [prompt.prompt for prompt in found] == expected
+    else:
+        assert found[1].prompt == [{"role": "user", "content": "hi"}]
+    provided = {"b.jsonl": ["y", "n"], "c.jsonl": [" y", " n"]}.get(name, [])
+    assert found[0].responses == provided
+    assert [prompt.index for prompt in found] == list(range(len(found)))
+    assert len(read_prompts([str(tmp_path / name)] * 2, max_prompts=len(found) + 1)) == len(found) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [('["a", 3]', "row 1 (from 0) is not text"), ("[]", "no rows"), ('{"prompt": 3}', "prompt"), ('["a', "JSON")],
+)
+def test_wrong_prompt_files(tmp_path, text, part):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_prompts(str(tmp_path / "a.json"))
+    assert part in str(caught.value)
+    assert "a.json" in str(caught.value)
+
+
+def test_templates_shape_what_the_policy_reads(tiny_model_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Why?\n")
+    seen = {}
+    for template in ("raw", "hh", "alpaca"):
+        recipe = sample_recipe_of(tiny_model_folder, prompts, tmp_path / "x.jsonl", [TOP_P], template=template)
+        policy = PolicyLoader(recipe.sampling).load(make_stages(recipe)[0])
+        policy.answer = lambda encoded, *rest, template=template: seen.update({template: encoded[0]}) or [[]]
+        policy.respond(read_prompts(str(prompts)), ["0"], None, None)
+    decode = AutoTokenizer.from_pretrained(tiny_model_folder).decode
+    assert decode(seen["raw"]) == "<s>Why?"
+    assert decode(seen["hh"]) == "<s>\n\nHuman: Why?\n\nAssistant:"
+    assert decode(seen["alpaca"]).endswith("### Instruction:\nWhy?\n\n### Response:")
+
+
+def test_a_missing_model_extra_or_adapter_is_told_before_anything_is_sampled(tiny_model_folder, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.json", 2)
+    output = tmp_path / "o.jsonl"
+    values = {"sampling": {"prompts": str(prompts), "output": str(output), "candidates": [TOP_P]}}
+    recipe = make_recipe(values, needs=["sampling"])
+    with pytest.raises(UserError, match=r"sampling\.candidates\.0: names no model"):
+        sample_recipe(recipe)
+    entries = [TOP_P, {**TOP_P, "adapter": str(tmp_path / "none")}]
+    with pytest.raises(UserError, match="no such adapter folder"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, entries))
+    assert not output.with_name("o.jsonl.stages").exists()
+    with pytest.raises(UserError, match=r"must end with \.jsonl"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.json"))
+
+
+def test_vllm_is_asked_for_in_one_sentence(tiny_model_folder, tmp_path):
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        pytest.skip("vllm is installed here")
+    prompts = write_prompts(tmp_path / "prompts.json", 2)
+    entries = [{**TOP_P, "backend": "vllm"}]
+    with pytest.raises(UserError, match="pip install 'rrhf-peft\\[vllm\\]'"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", entries))
+
+
+def test_a_server_answers_beside_a_model(tiny_model_folder, tmp_path):
+    pytest.importorskip("openai")
+    from sampling.test_endpoint import Server
+
+    server = Server()
+    try:
+        prompts = write_prompts(tmp_path / "prompts.json", 4)
+        server.faults["6"] = ["cut", 400]
+        endpoint = {"base_url": server.url, "model": "org/served", "concurrency": 1}
+        entries = [TOP_P, {**TOP_P, "k": 3, "backend": "endpoint", "endpoint": endpoint}]
+        prompts.write_text(json.dumps(["5", "6"]))
+        outcome = sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", entries))
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+    rows = read_rows(tmp_path / "o.jsonl")
+    assert [row["sources"].count("top_p:served") for row in rows] == [3, 2]
+    assert {"source": "top_p:served", "reason": "missing"} in rows[1]["meta"]["removed"]
+    assert outcome.report.sources["top_p:served"].missing == 1
+    assert all(row["sources"][0] == f"top_p:{tiny_model_folder.name}" for row in rows)

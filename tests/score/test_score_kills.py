@@ -1,0 +1,193 @@
+"""Scoring killed with SIGKILL at random moments, resumed, also by two processes: the same file as without."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from reward_folders import llama_classifier
+from rich.console import Console
+
+from rrhf_peft.recipe import load_recipe
+from rrhf_peft.records import UserError
+from rrhf_peft.score.run import score_recipe
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def write_recipe(folder, output, scorer, groups):
+    rng = random.Random(0)
+    rows = [
+        {
+            "prompt": f"question {g}",
+            "responses": ["ab " * rng.randint(1, 40) for _ in range(rng.randint(2, 5))],
+        }
+        for g in range(groups)
+    ]
+    source = folder / "candidates.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = folder / f"{output}.json"  # JSON is YAML
+    scoring = {"input": str(source), "output": str(folder / f"{output}.jsonl"), "unit_groups": 4, "scorer": scorer}
+    recipe.write_text(json.dumps({"scoring": scoring}))
+    return recipe
+
+
+def score(recipe):
+    return score_recipe(load_recipe(recipe, needs=["scoring"]), console=Console(quiet=True))
+
+
+def killed_in_a_fork(recipe, seconds, *, parts=None):
+    """Score in a child process and kill it after a while; whether it was still running.
+
+    With `parts`, the while begins when that file has grown, so that there is work to continue on any machine.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            score(recipe)
+            code = 0
+        finally:
+            os._exit(code)
+    before = parts.stat().st_size if parts is not None and parts.exists() else 0
+    done = 0
+    while parts is not None and not done and (not parts.exists() or parts.stat().st_size <= before):
+        time.sleep(0.005)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        time.sleep(seconds)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        assert status == 0
+        return False
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def same_files(folder, one, other):
+    for suffix in (".jsonl", ".report.json"):
+        assert (folder / f"{one}{suffix}").read_bytes() == (folder / f"{other}{suffix}").read_bytes()
+    assert not (folder / f"{other}.jsonl.parts").exists()
+
+
+def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+    rule = {"name": "rule", "function": "score_rules:slow_length"}
+    score(write_recipe(tmp_path, "whole", rule, groups=150))
+    recipe = write_recipe(tmp_path, "killed", rule, groups=150)
+    moments = random.Random(7)
+    kills, finished = 0, 0
+    parts = tmp_path / "killed.jsonl.parts" / "part-0.jsonl"
+    for number in range(10):
+        if not (tmp_path / "killed.jsonl").exists():
+            # One in two at a random moment of the whole run, one in two soon after new work was written.
+            seconds = moments.uniform(0.02, 0.5) if number % 2 else moments.uniform(0, 0.05)
+            kills += killed_in_a_fork(recipe, seconds, parts=None if number % 2 else parts)
+            finished = max(finished, parts.read_bytes().count(b"\n") if parts.exists() else 0)
+    assert kills >= 2
+    assert finished > 0
+    if not (tmp_path / "killed.jsonl").exists():
+        score(recipe)
+    same_files(tmp_path, "whole", "killed")
+    with pytest.raises(UserError, match="already exists"):
+        score(recipe)
+
+
+def test_a_kill_between_the_output_and_the_end_leaves_it_to_the_next_run(tmp_path, monkeypatch):
+    rule = {"name": "rule", "function": "score_rules:slow_length"}
+    score(write_recipe(tmp_path, "whole", rule, groups=10))
+    recipe = write_recipe(tmp_path, "killed", rule, groups=10)
+
+    def kill(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rrhf_peft.jobs.shutil.rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        score(recipe)
+    monkeypatch.undo()
+    assert (tmp_path / "killed.jsonl.parts").exists()
+    score(recipe)
+    same_files(tmp_path, "whole", "killed")
+
+
+def test_other_settings_do_not_continue_what_was_begun(tmp_path):
+    recipe = write_recipe(tmp_path, "out", {"name": "rule", "function": "score_rules:slow_length"}, groups=100)
+    assert killed_in_a_fork(recipe, 0, parts=tmp_path / "out.jsonl.parts" / "part-0.jsonl")
+    with pytest.raises(UserError, match="other work"):
+        score_recipe(load_recipe(recipe, ["scoring.scorer.function=score_rules:cost"], needs=["scoring"]))
+
+
+def launch(recipe, processes):
+    command = [sys.executable, "-m", "rrhf_peft.score", str(recipe)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, "-m", "rrhf_peft.score", str(recipe)]
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def killed_when_it_works(recipe, processes, after, output):
+    """Launch, wait for the first finished units or the end, kill after a while; whether it was still running."""
+    process = launch(recipe, processes)
+    parts = output.with_name(f"{output.name}.parts")
+    before = sum(file.stat().st_size for file in parts.glob("part-*.jsonl"))
+    while process.poll() is None and sum(file.stat().st_size for file in parts.glob("part-*.jsonl")) == before:
+        time.sleep(0.02)
+    time.sleep(after)
+    running = process.poll() is None
+    if running:
+        own = psutil.Process(process.pid)
+        for victim in [own, *own.children(recursive=True)]:  # the launcher's workers have sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+    text = process.communicate()[0]
+    assert running or process.returncode == 0, text
+    return running
+
+
+def reward_scorer(tmp_path, tiny_model_folder):
+    """A reward model and a rule, which need the whole data to be combined."""
+    llama_classifier(tmp_path / "rm", tiny_model_folder)
+    model = {"name": "reward_model", "model": str(tmp_path / "rm"), "batch_tokens": 256}
+    rule = {"name": "rule", "function": "score_rules:slow_length"}
+    parts = {"model": {"scorer": model, "normalize": "zscore"}, "rule": {"scorer": rule, "normalize": "zscore"}}
+    return {"name": "composite", "parts": parts}
+
+
+def test_two_processes_killed_and_one_that_resumes_make_the_file_of_one(tmp_path, tiny_model_folder):
+    scorer = reward_scorer(tmp_path, tiny_model_folder)
+    score(write_recipe(tmp_path, "whole", scorer, groups=300))
+    recipe = write_recipe(tmp_path, "killed", scorer, groups=300)
+    assert killed_when_it_works(recipe, 2, 0.1, tmp_path / "killed.jsonl")
+    score(recipe)
+    same_files(tmp_path, "whole", "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_kills_of_the_command_change_nothing(tmp_path, tiny_model_folder, processes):
+    scorer = reward_scorer(tmp_path, tiny_model_folder)
+    score(write_recipe(tmp_path, "whole", scorer, groups=600))
+    recipe = write_recipe(tmp_path, "killed", scorer, groups=600)
+    moments = random.Random(processes)
+    output = tmp_path / "killed.jsonl"
+    kills = 0
+    for _ in range(10):
+        if not output.exists():
+            kills += killed_when_it_works(recipe, processes, moments.uniform(0.0, 0.8), output)
+    assert kills >= 5
+    while not output.exists() or (tmp_path / "killed.jsonl.parts").exists():
+        process = launch(recipe, processes)
+        text = process.communicate()[0]
+        assert process.returncode == 0, text
+    same_files(tmp_path, "whole", "killed")

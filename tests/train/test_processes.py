@@ -1,0 +1,81 @@
+"""Two processes train as one does: DDP and FSDP2 over gloo, through `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from train.ranked_files import logged, small_recipe, write_groups
+
+from rrhf_peft.recipe import recipe_text
+from rrhf_peft.train.run import train_recipe
+
+CURVE = ("loss", "grad_norm", "rank_loss", "sft_loss", "pair_accuracy", "best_hit_rate", "logps/writer-0")
+FSDP2 = {
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_offload_params": False,
+    },
+}
+
+RAM_EFFICIENT = {"fsdp_cpu_ram_efficient_loading": True}
+
+
+def accelerate_launch(recipe, folder, config, *arguments):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe_text(recipe))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"num_processes": 2, "use_cpu": True, "mixed_precision": "no", "main_process_port": port, **config}
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **settings}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+    command += ["-m", "rrhf_peft.train", str(folder / "recipe.yaml"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    return write_groups(tmp_path_factory.mktemp("data") / "ranked.jsonl", 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "adapter"),
+    [
+        ("ddp", {"distributed_type": "MULTI_GPU"}, {"r": 4}),  # use_cpu makes it gloo; MULTI_CPU would want MPI
+        ("fsdp2", FSDP2, {"r": 4}),
+        ("fsdp2-one-reads-for-all", {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], **RAM_EFFICIENT}}, None),
+    ],
+)
+def test_two_processes_equal_one(tiny_model_folder, ranked, tmp_path, name, config, adapter):
+    # chunks of 150 tokens: the processes need different numbers of them
+    sections = {"adapter": adapter, "engine": {"chunk_tokens": 150}}
+    together = small_recipe(tiny_model_folder, ranked, tmp_path / "one", **sections)
+    train_recipe(together)
+    split = small_recipe(
+        tiny_model_folder, ranked, tmp_path / "two", training={"per_device_train_batch_size": 2}, **sections
+    )
+    accelerate_launch(split, tmp_path / "launch", config)
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for metric in CURVE:
+        assert [line[metric] for line in two] == pytest.approx([line[metric] for line in one], rel=1e-5), metric
+    weights = "model.safetensors" if adapter is None else "adapter_model.safetensors"
+    expected, got = (load_file(tmp_path / run / weights) for run in ("one", "two"))
+    assert expected.keys() == got.keys()
+    for key, value in expected.items():
+        assert got[key].shape == value.shape
+        assert (got[key] - value).abs().max() < 1e-5, key
