@@ -9,7 +9,7 @@ from rrhf_peft import __version__
 from rrhf_peft.data import DataReport
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe, recipe_text
-from rrhf_peft.train.online_prompts import PromptReport
+from rrhf_peft.train.splits import PromptReport
 
 _CURVE = ("rewards/mean", "kl/response", "loss", "rank_loss", "sft_loss", "pair_accuracy", "best_hit_rate")
 

@@ -21,9 +21,7 @@ from rrhf_peft.sample.policies import decoding_of
 from rrhf_peft.train.callbacks import MetricsFile, TrainingProgress
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.model_card import write_model_card
-from rrhf_peft.train.online import OnlineTrainer
-from rrhf_peft.train.online_prompts import PromptReport
-from rrhf_peft.train.online_rewards import make_reward
+from rrhf_peft.train.online import OnlineTrainer, make_reward
 from rrhf_peft.train.run_folder import (
     METRICS,
     describe_run,
@@ -32,7 +30,7 @@ from rrhf_peft.train.run_folder import (
     refuse_changes,
     refuse_occupied,
 )
-from rrhf_peft.train.splits import read_splits, tokenize_splits
+from rrhf_peft.train.splits import PromptReport, read_splits, tokenize_splits
 from rrhf_peft.train.trainer import RRHFTrainer
 
 

@@ -42,7 +42,7 @@ def online_recipe(folder: Path, train: Path, run: Path, /, rule: str = "letters"
     online = {
         "every": 1,
         "decoding": {"strategy": "top_p", "k": 4, "max_new_tokens": 12},
-        "scorer": {"name": "rule", "function": f"training.online_rules:{rule}"},
+        "scorer": {"name": "rule", "function": f"train.online_rules:{rule}"},
         **sections.pop("online", {}),
     }
     training = {"num_train_epochs": 4, "learning_rate": 2e-2, **sections.pop("training", {})}
