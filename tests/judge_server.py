@@ -1,7 +1,8 @@
 """An OpenAI-compatible server for tests that answers as well or as badly as its script says.
 
-`script(call)` gets a dict (number, attempt, messages) and returns what to send: a string (the reply's
-text), ("status", code[, headers]), "cut", ("slow", seconds, text), ("body", bytes) or ("text", str).
+`script(call)` gets a dict (number, attempt, messages or prompt, body, path, key) and returns what to send: a
+string (the reply's text), ("status", code[, headers[, words]]), "cut", ("slow", seconds, text), ("body", bytes),
+("text", str), ("answer", JSON value) or ("drip", seconds), which sends a byte now and then for so long.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class JudgeServer:
         self.script, self.calls, self.attempts, self.kinds = script, [], Counter(), Counter()
         self.lock, self.open, self.most_at_once = threading.Lock(), 0, 0
 
-    def answer(self, body):
-        text = json.dumps(body["messages"])
+    def answer(self, body, path, key):
+        text = json.dumps([body.get("messages"), body.get("prompt"), body.get("seed")])
         with self.lock:
             self.attempts[text] += 1
-            call = {"number": len(self.calls), "attempt": self.attempts[text], "messages": body["messages"]}
-            self.calls.append({**call, "body": body})
+            call = {"number": len(self.calls), "attempt": self.attempts[text], "body": body, "path": path, "key": key}
+            call |= {name: body[name] for name in ("messages", "prompt") if name in body}
+            self.calls.append(call)
             self.open += 1
             self.most_at_once = max(self.most_at_once, self.open)
         try:
@@ -56,17 +58,17 @@ def labelled_in(messages):
     return dict(found)
 
 
-def _completion(text):
-    return json.dumps(
-        {
-            "id": "x",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "judge",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-        }
-    ).encode()
+def completion(text, *, chat=True, **choice):
+    """The JSON of an answer; `choice` changes its one choice."""
+    said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+    return {
+        "id": "x",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 0,
+        "model": "judge",
+        "choices": [{"index": 0, "finish_reason": "stop", **said, **choice}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+    }
 
 
 @contextlib.contextmanager
@@ -77,24 +79,26 @@ def judge_server(script):
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            sent = judge.answer(body)
+            sent = judge.answer(body, self.path, self.headers["Authorization"])
             if sent == "cut":
                 # A reset instead of an orderly end.
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
                 return
-            code, headers, payload = 200, {}, b""
+            code, headers, answer = 200, {}, None
             if isinstance(sent, str):
-                payload = _completion(sent)
+                answer = completion(sent, chat="messages" in body)
             elif sent[0] == "status":
                 code, headers = sent[1], sent[2] if len(sent) > 2 else {}
-                payload = json.dumps({"error": {"message": f"scripted {code}", "type": "x"}}).encode()
-            elif sent[0] == "slow":
-                payload = _completion(sent[2])
-            elif sent[0] == "text":
-                payload = _completion(sent[1])
-            else:
-                payload = sent[1]
+                answer = {"error": {"message": sent[3] if len(sent) > 3 else f"scripted {code}", "type": "x"}}
+            elif sent[0] in ("slow", "text"):
+                answer = completion(sent[-1], chat="messages" in body)
+            elif sent[0] == "answer":
+                answer = sent[1]
+            elif sent[0] == "drip":
+                self.drip(sent[1])
+                return
+            payload = sent[1] if sent[0] == "body" else json.dumps(answer).encode()
             with contextlib.suppress(OSError):  # a client that timed out is gone
                 self.send_response(code)
                 for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -102,6 +106,15 @@ def judge_server(script):
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
+
+        def drip(self, seconds):
+            with contextlib.suppress(OSError):
+                self.send_response(200)
+                self.end_headers()
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
 
         def log_message(self, *arguments):
             pass
