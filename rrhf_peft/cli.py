@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from rrhf_peft import __version__
-from rrhf_peft.console import AsJson, plain_errors, print_json, process_index
+from rrhf_peft.console import AsJson, print_json, process_index, say, terminal, verb
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
@@ -33,7 +32,7 @@ app = typer.Typer(
     help="Align a language model with ranked responses through LoRA and QLoRA adapters.\n\n"
     "New here? [bold]rrhf-peft demo[/bold] shows the whole way in a few minutes, without a network or a GPU. "
     "Then: inspect your data, plan the memory, train, merge.",
-    epilog="Exit codes: 0 done, 1 an error that you can mend, 2 wrong usage, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 an error, with its remedy, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -57,7 +56,7 @@ def _options(
 
 
 @app.command()
-@plain_errors()
+@verb
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
@@ -77,7 +76,7 @@ def demo(
 
 
 @app.command()
-@plain_errors()
+@verb
 def convert(
     source: Annotated[
         list[str],
@@ -120,16 +119,16 @@ def convert(
     if as_json:
         print_json(report.to_dict())
     else:
-        Console().print(report)
+        terminal().print(report)
 
 
 @app.command()
-@plain_errors()
+@verb
 def sample(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("sampling.seed=1 or sampling.max_prompts=100")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output and start from nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Sample candidate responses for a list of prompts, from one or more policies.
 
@@ -145,27 +144,25 @@ def sample(
 
     A run that was killed continues when the same command is given again.
     """
-    from rich.console import Console
-
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.sample.run import sample_recipe
 
     checked = load_recipe(recipe, overrides or [], needs=["sampling"])
-    outcome = sample_recipe(checked, overwrite=overwrite, console=Console(stderr=True))
+    outcome = sample_recipe(checked, overwrite=overwrite, console=terminal(stderr=True))
     if process_index() != 0:
         return
     if as_json:
         figures = {"output": str(outcome.output), "halvings": outcome.halvings, **outcome.report.to_dict()}
-        typer.echo(json.dumps(figures, ensure_ascii=False, indent=2))
+        print_json(figures)
         return
-    Console().print(outcome.report.table())
+    terminal().print(outcome.report.table())
     if outcome.halvings:
-        typer.echo(f"Memory ran out {outcome.halvings} times and the batches were made smaller: lower batch_tokens.")
-    typer.echo(f"Done: {outcome.output}")
+        say(f"Memory ran out {outcome.halvings} times and the batches were made smaller: lower batch_tokens.")
+    say(f"Done: {outcome.output}")
 
 
 @app.command()
-@plain_errors()
+@verb
 def score(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("scoring.input=my.jsonl or scoring.max_groups=100")] = None,
@@ -189,8 +186,6 @@ def score(
     The output (scoring.output) trains as it is. A run that was killed
     continues when the same command is given again.
     """
-    from rich.console import Console
-
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.score.run import score_recipe
 
@@ -202,20 +197,18 @@ def score(
         report = outcome.report.to_dict() if outcome.report else None
         print_json({**paths, "report": report})
     elif outcome.sheet is not None:
-        typer.echo(f"Sheet: {outcome.sheet}")
-        typer.echo(
-            "Next: give everyone a copy to fill (1 is best, ties allowed); keep the .key.jsonl beside the sheet."
-        )
-        typer.echo("Then: name the filled copies in scoring.scorer.annotations and run the same command.")
+        say(f"Sheet: {outcome.sheet}")
+        say("Next: give everyone a copy to fill (1 is best, ties allowed); keep the .key.jsonl beside the sheet.")
+        say("Then: name the filled copies in scoring.scorer.annotations and run the same command.")
     else:
-        Console().print(outcome.report)
+        terminal().print(outcome.report)
         if outcome.failures is not None:
-            typer.echo(f"Failures: {outcome.failures}")
-        typer.echo(f"Done: {outcome.output}")
+            say(f"Failures: {outcome.failures}")
+        say(f"Done: {outcome.output}")
 
 
 @app.command()
-@plain_errors()
+@verb
 def inspect(
     source: Annotated[
         Path,
@@ -254,7 +247,7 @@ def inspect(
 
     recipe = _recipe_to_inspect(source, overrides or [], tokenizer)
     is_data = source.suffix not in (".yaml", ".yml")
-    console = Console()
+    console = terminal()
     if is_data and tokenizer is None and group is not None:
         raise UserError("--group shows a group as tokens, so say whose: add --tokenizer NAME (a hub id or a folder).")
     groups = read_splits(recipe)
@@ -309,7 +302,7 @@ def _recipe_to_inspect(source: Path, overrides: list[str], tokenizer: str | None
 
 
 @app.command()
-@plain_errors()
+@verb
 def plan(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("engine.chunk_tokens=4096 or adapter.r=64")] = None,
@@ -337,11 +330,11 @@ def plan(
     if as_json:
         print_json(result.to_dict())
     else:
-        Console().print(result)
+        terminal().print(result)
 
 
 @app.command()
-@plain_errors()
+@verb
 def train(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("training.learning_rate=1e-4 or adapter=null")] = None,
@@ -384,13 +377,13 @@ def train(
     PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
     if process_index() == 0:
         folder = outcome.run_folder
-        typer.echo(f"Done: {folder}")
+        say(f"Done: {folder}")
         if checked.adapter is not None:
-            typer.echo(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
+            say(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
 
 
 @app.command()
-@plain_errors()
+@verb
 def evaluate(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("evaluation.max_prompts=100 or evaluation.decoding.k=8")] = None,
@@ -415,24 +408,22 @@ def evaluate(
     response with its rewards. An evaluation that was killed continues when the
     same command is given again; so does one whose recipe has got another policy.
     """
-    from rich.console import Console
-
     from rrhf_peft.evaluate.run import evaluate_recipe
     from rrhf_peft.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or [], needs=["evaluation"])
-    outcome = evaluate_recipe(checked, overwrite=overwrite, console=Console(stderr=True))
+    outcome = evaluate_recipe(checked, overwrite=overwrite, console=terminal(stderr=True))
     if process_index() != 0:
         return
     if as_json:
         print_json(outcome.to_dict())
         return
-    Console().print(outcome)
-    typer.echo(f"Done: {outcome.folder}")
+    terminal().print(outcome)
+    say(f"Done: {outcome.folder}")
 
 
 @app.command()
-@plain_errors()
+@verb
 def rounds(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("rounds.count=5 or sampling.max_prompts=100")] = None,
@@ -458,7 +449,6 @@ def rounds(
     continues when the same command is given again.
     """
     from accelerate import PartialState
-    from rich.console import Console
 
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.rounds.run import run_rounds
@@ -472,12 +462,12 @@ def rounds(
     if as_json:
         print_json({"output": str(outcome.output), "rounds": [row.to_dict() for row in outcome.rows]})
         return
-    Console().print(rows_table(outcome.rows))
-    typer.echo(f"{'Finished before' if outcome.was_finished else 'Done'}: {outcome.output}")
+    terminal().print(rows_table(outcome.rows))
+    say(f"{'Finished before' if outcome.was_finished else 'Done'}: {outcome.output}")
 
 
 @app.command()
-@plain_errors()
+@verb
 def report(
     runs: Annotated[
         list[Path],
@@ -505,11 +495,11 @@ def report(
     """
     from rrhf_peft.report.run import write_report
 
-    typer.echo(f"Done: {write_report(runs, output)}")
+    say(f"Done: {write_report(runs, output)}")
 
 
 @app.command()
-@plain_errors()
+@verb
 def merge(
     adapter: Annotated[
         Path, typer.Argument(metavar="ADAPTER", help="A run folder, or any PEFT LoRA folder.", show_default=False)
@@ -579,11 +569,11 @@ def merge(
     if as_json:
         print_json(report.to_dict())
     else:
-        Console().print(render_report(report))
+        terminal().print(render_report(report))
 
 
 @app.command()
-@plain_errors()
+@verb
 def schema(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to a file instead of stdout.")] = None,
 ) -> None:
@@ -613,9 +603,9 @@ def main() -> None:
     app(prog_name="rrhf-peft")
 
 
-def run_module(verb: str) -> None:
+def run_module(name: str) -> None:
     """What `python -m rrhf_peft.VERB` runs: that verb, with the arguments of the command line."""
-    app([verb, *sys.argv[1:]], prog_name="python -m rrhf_peft")
+    app([name, *sys.argv[1:]], prog_name="python -m rrhf_peft")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from rrhf_peft import __version__
+from rrhf_peft.console import terminal
 from rrhf_peft.data import tokenize_groups, write_ranked
 from rrhf_peft.demo.base import cached_base, make_base
 from rrhf_peft.demo.comparison import Measured, measure
@@ -72,7 +73,7 @@ def run_demo(output: Path | str, *, size: DemoSize = FULL, console: Console | No
     Raises:
         UserError: the folder is something else's or cannot be written to.
     """
-    output, console = Path(output), console or Console()
+    output, console = Path(output), console or terminal()
     _claim(output)
     with quiet_libraries(), one_thread():
         outcome, merge_report = _run(output, size, console)

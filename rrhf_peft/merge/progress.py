@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from rrhf_peft.console import terminal
 from rrhf_peft.merge.report import size_text
 
 #: Called with what is being done, bytes done, and bytes in all (0 when that is not known).
@@ -18,7 +19,7 @@ OnProgress = Callable[[str, int, int], None]
 @contextlib.contextmanager
 def merge_progress(console: Console | None = None) -> Iterator[OnProgress]:
     """Yield a callback for `merge_adapter(on_progress=...)` that shows how far it is."""
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     if not console.is_terminal:
         yield _plain_lines(console)
         return

@@ -11,14 +11,14 @@ from pydantic import Field, model_validator
 
 from rrhf_peft.recipe.sampling import READS, Strategy
 from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, JudgeScorer, ScorerSection, SourceScorer
-from rrhf_peft.recipe.section import Section
+from rrhf_peft.recipe.section import Filled, OutputPath, Paths, Section
 
 
 class PolicySection(Section):
     """One policy: the recipe's model, another one, or an adapter on either."""
 
-    model: str | None = Field(None, description="Hub id or folder, a merged one too. Unset: the recipe's model.")
-    adapter: str | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
+    model: Filled | None = Field(None, description="Hub id or folder, a merged one too. Unset: the recipe's model.")
+    adapter: Filled | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
 
 
 class DecodingSection(Section):
@@ -34,7 +34,7 @@ class DecodingSection(Section):
 class PerplexityJudge(Section):
     """The model under which generated text is to be likely; the paper takes gpt2-medium."""
 
-    model: str | None = Field(None, description="Hub id or folder. Unset: the recipe's model, without an adapter.")
+    model: Filled | None = Field(None, description="Hub id or folder. Unset: the recipe's model, without an adapter.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Type of its weights.")
 
 
@@ -51,8 +51,8 @@ class WinsSection(Section):
 class EvaluationSection(Section):
     """What `rrhf-peft evaluate` reads."""
 
-    output: str = Field(min_length=1, description="The folder to write: samples, scores, numbers, table, plots.")
-    prompts: str | list[str] = Field(description="Held-out prompts, in any form that `sampling.prompts` takes.")
+    output: OutputPath = Field(description="The folder to write: samples, scores, numbers, table, plots.")
+    prompts: Paths = Field(description="Held-out prompts, in any form that `sampling.prompts` takes.")
     format: str = Field("auto", description="Importer for ranked files; auto recognises the columns.")
     split: str = Field("test", description="Split to read from hub ids and folders.")
     template: Literal["raw", "hh", "alpaca", "chat"] = Field("raw", description="As data.template in training.")
@@ -66,10 +66,10 @@ class EvaluationSection(Section):
         default_factory=dict, description="Label -> scorer, as `scoring.scorer`. The first is the headline."
     )
     perplexity: PerplexityJudge | None = Field(None, description="Judge of the generated text. null: not measured.")
-    references: str | list[str] | None = Field(
+    references: Paths | None = Field(
         None, description="Prompts with reference answers (ranked data: the best): their perplexity under each policy."
     )
-    pairs: str | list[str] | None = Field(
+    pairs: Paths | None = Field(
         None,
         description="Ranked data whose order each policy's p_i is compared with: pair accuracy and Kendall's tau.",
     )

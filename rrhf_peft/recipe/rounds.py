@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rrhf_peft.recipe.sampling import SamplingSection
 from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, ScoringSection
-from rrhf_peft.recipe.section import Section
+from rrhf_peft.recipe.section import OutputPath, Section
 
 
 class RoundsSection(Section):
@@ -21,7 +21,7 @@ class RoundsSection(Section):
     training.seed + n - 1, so that no round repeats the draws of another.
     """
 
-    output: str = Field(min_length=1, description="The folder of all rounds; each has a folder of its own in it.")
+    output: OutputPath = Field(description="The folder of all rounds; each has a folder of its own in it.")
     count: int = Field(3, ge=1, description="n of IP-n. May be raised later, to go on from the last round.")
     start_from: Literal["last", "base"] = Field(
         "last",

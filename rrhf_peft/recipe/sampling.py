@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rrhf_peft.recipe.section import Section
+from rrhf_peft.recipe.section import Filled, OutputPath, Paths, Section
 
 Strategy = Literal["beam", "diverse_beam", "top_p"]
 Backend = Literal["transformers", "vllm", "endpoint"]
@@ -31,8 +31,8 @@ _STRATEGY_SETTINGS = set().union(*READS.values())
 class EndpointSection(Section):
     """A server that speaks OpenAI's HTTP API."""
 
-    base_url: str = Field(min_length=1, description="For example http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="The name under which the server knows the model.")
+    base_url: Filled = Field(description="For example http://localhost:8000/v1.")
+    model: Filled = Field(description="The name under which the server knows the model.")
     api: Literal["chat", "completions"] = Field(
         "chat",
         description="chat sends messages and leaves the template to the server; completions sends the templated text.",
@@ -48,10 +48,10 @@ class CandidatesSection(Section):
 
     strategy: Strategy = Field(description="beam (BP), diverse_beam (DP) or top_p (SP) of arXiv 2304.05302.")
     k: int = Field(4, ge=1, description="Responses to each prompt.")
-    model: str | None = Field(
+    model: Filled | None = Field(
         None, description="Hub id or folder. Unset: the recipe's model, with all of its settings."
     )
-    adapter: str | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
+    adapter: Filled | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
     backend: Backend = Field("transformers", description="vllm and endpoint need the extras of the same names.")
     endpoint: EndpointSection | None = Field(None, description="The server, with backend: endpoint.")
     source: str | None = Field(
@@ -87,13 +87,13 @@ class SamplingSection(Section):
     """What `rrhf-peft sample` reads."""
 
     prompts: Annotated[
-        str | list[str],
+        Paths,
         Field(
             description="Prompts: .txt (one on each line), .json (a list of strings or records), .jsonl with the key "
             "prompt, or ranked data in any known format, whose responses are then the provided ones."
         ),
     ]
-    output: str = Field(min_length=1, description="The .jsonl file to write: prompt, responses, sources, meta.")
+    output: OutputPath = Field(description="The .jsonl file to write: prompt, responses, sources, meta.")
     candidates: list[CandidatesSection] = Field(
         default_factory=list, description="Policies and strategies; empty keeps only provided responses."
     )

@@ -22,7 +22,7 @@ from rrhf_peft.recipe.online import OnlineSection, online_contradictions
 from rrhf_peft.recipe.rounds import RoundsSection, rounds_contradictions, with_round_paths
 from rrhf_peft.recipe.sampling import SamplingSection
 from rrhf_peft.recipe.scoring import ScoringSection
-from rrhf_peft.recipe.section import Section
+from rrhf_peft.recipe.section import Filled, OutputPath, Paths, Section
 
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Layout = Literal["auto", "shared", "plain"]
@@ -53,9 +53,9 @@ Template = Literal["raw", "hh", "alpaca", "chat"]
 class ModelSection(Section):
     """Which base model to train, and how its weights are held."""
 
-    name: str = Field(min_length=1, description="Hub id or local folder of the base model.")
+    name: Filled = Field(description="Hub id or local folder of the base model.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
-    tokenizer: str | None = Field(None, description="Hub id or folder of the tokenizer, if not the model's own.")
+    tokenizer: Filled | None = Field(None, description="Hub id or folder of the tokenizer, if not the model's own.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Type of the unquantised weights. auto: bfloat16 on a GPU that computes in it, float32 elsewhere.",
@@ -68,7 +68,7 @@ class ModelSection(Section):
         "sdpa", description="Attention implementation. The shared layout needs sdpa, eager or flex_attention."
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off for a reason.")
-    init_adapter: str | None = Field(
+    init_adapter: Filled | None = Field(
         None, description="Continue training this PEFT adapter instead of a new one; leave out `adapter`."
     )
 
@@ -76,10 +76,10 @@ class ModelSection(Section):
 class DataSection(Section):
     """Where ranked responses come from and how they become tokens."""
 
-    train: str | list[str] = Field(
+    train: Paths = Field(
         description="Files (.jsonl .json .parquet .csv), folders of them, or hub ids; a list is concatenated."
     )
-    eval: str | list[str] | None = Field(None, description="Held-out ranked data, same format as `train`.")
+    eval: Paths | None = Field(None, description="Held-out ranked data, same format as `train`.")
     eval_size: int | float | None = Field(
         None, gt=0, description="Hold out this many groups (int) or this share (float below 1) of `train`."
     )
@@ -135,17 +135,20 @@ def _plain_type(hint: Any) -> Any:
     return hint if hint in (int, float, bool, str, dict, list, type(None)) else Any
 
 
-def _model_of(name: str, source: type, doc: str, leave_out: set[str]) -> type[Section]:
+def _model_of(name: str, source: type, doc: str, leave_out: set[str], limits: dict[str, Any]) -> type[Section]:
     """A strict model with the fields of a configuration dataclass, each optional and unset by default."""
     hints = typing.get_type_hints(source)
     fields: dict[str, Any] = {}
     for item in dataclasses.fields(source):
         if item.init and item.name not in leave_out:
             description = str(item.metadata.get("help", "")).strip()
-            kind = _plain_type(hints[item.name])
+            kind = limits.get(item.name, _plain_type(hints[item.name]))
             fields[item.name] = (kind if kind is Any else kind | None, Field(None, description=description))
     return create_model(name, __base__=Section, __doc__=doc, **fields)
 
+
+_COUNT = Annotated[int, Field(ge=1)]
+_ABOVE_0 = Annotated[float, Field(gt=0)]
 
 AdapterSection = _model_of(
     "AdapterSection",
@@ -153,6 +156,7 @@ AdapterSection = _model_of(
     "peft.LoraConfig fields, names unchanged; `adapter: null` trains all weights.",
     {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
     | {"inference_mode", "runtime_config", "megatron_config", "megatron_core"},
+    {"r": _COUNT, "lora_alpha": _COUNT, "lora_dropout": Annotated[float, Field(ge=0, lt=1)]},
 )
 TrainingSection = _model_of(
     "TrainingSection",
@@ -160,10 +164,23 @@ TrainingSection = _model_of(
     "transformers.TrainingArguments fields, names unchanged.",
     {"gradient_checkpointing", "activation_checkpointing", "remove_unused_columns", "label_names"}
     | {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "label_smoothing_factor", "debug"},
+    {
+        "output_dir": OutputPath,
+        **dict.fromkeys(("num_train_epochs", "learning_rate", "adam_epsilon"), _ABOVE_0),
+        **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), _ABOVE_0),
+        **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), Annotated[float, Field(ge=0)]),
+        **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
+        **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _COUNT),
+        **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), _COUNT),
+        **dict.fromkeys(("seed", "data_seed"), Annotated[int, Field(ge=0, lt=2**32)]),
+        "dataloader_num_workers": Annotated[int, Field(ge=0)],
+        "max_steps": Literal[-1] | _COUNT,
+    },
 )
 
 #: Keys that exist elsewhere but not here, with where to turn instead.
 MOVED_KEYS = {
+    "extends": "is read in recipe files only, at their top level; write it there",
     "training.gradient_checkpointing": "set engine.gradient_checkpointing instead",
     "training.activation_checkpointing": "set engine.gradient_checkpointing instead",
     "training.resume_from_checkpoint": "pass --resume on the command line instead",

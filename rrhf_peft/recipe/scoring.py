@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rrhf_peft.recipe.section import Section
+from rrhf_peft.recipe.section import Filled, OutputPath, Paths, Section
 
 DEFAULT_ASPECTS = {"relevance": 1.0, "correctness": 1.0, "coherence": 1.0, "safety": 1.0}
 
@@ -24,15 +24,15 @@ class RewardModelScorer(_Strict):
     EFFORT = frozenset({"batch_tokens"})
 
     name: Literal["reward_model"]
-    model: str = Field(min_length=1, description="Hub id or folder; of a value-head checkpoint also its weight file.")
+    model: Filled = Field(description="Hub id or folder; of a value-head checkpoint also its weight file.")
     revision: str | None = Field(None, description="Hub branch, tag or commit.")
     layout: Literal["sequence_classification", "value_head"] = Field(
         "sequence_classification", description="value_head: the layout of Dahoas/gptj-rm-static."
     )
-    base: str | None = Field(
+    base: Filled | None = Field(
         None, description="value_head: the model it was trained from, where the checkpoint has no config.json."
     )
-    tokenizer: str | None = Field(
+    tokenizer: Filled | None = Field(
         None, description="Hub id or folder of the tokenizer. Unset: the model's (or base's)."
     )
     template: Literal["raw", "hh", "alpaca", "chat", "pair", "response"] = Field(
@@ -72,8 +72,8 @@ class JudgeScorer(_Strict):
     )
 
     name: Literal["judge"]
-    base_url: str = Field(min_length=1, description="For example http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="The name under which the server knows the judge.")
+    base_url: Filled = Field(description="For example http://localhost:8000/v1.")
+    model: Filled = Field(description="The name under which the server knows the judge.")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed.")
     mode: Literal["score", "rank"] = Field(
         "score", description="score: a request per response. rank: one per group, its responses shuffled."
@@ -113,8 +113,7 @@ class RuleScorer(_Strict):
     """A Python function."""
 
     name: Literal["rule"]
-    function: str = Field(
-        min_length=1,
+    function: Filled = Field(
         description="package.module:function of (prompt, responses) -> scores; rrhf_peft.score:vader is shipped.",
     )
 
@@ -125,10 +124,10 @@ class PolicyScorer(_Strict):
     EFFORT = frozenset({"batch_tokens"})
 
     name: Literal["policy"]
-    model: str | None = Field(
+    model: Filled | None = Field(
         None, description="Hub id or folder. Unset: the recipe's model, with all of its settings."
     )
-    adapter: str | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
+    adapter: Filled | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
     template: Literal["raw", "hh", "alpaca", "chat"] = Field("raw", description="How prompt and response become text.")
     max_prompt_tokens: int | None = Field(None, ge=1, description="As in `data`.")
     max_tokens: int = Field(512, ge=2, description="As in `data`.")
@@ -150,8 +149,8 @@ class HumanScorer(_Strict):
     """People's ranks: a blind sheet out first, then the filled copies in."""
 
     name: Literal["human"]
-    sheet: str = Field(min_length=1, description="The sheet to write, .csv or .jsonl; its key is written beside it.")
-    annotations: list[str] = Field(
+    sheet: Filled = Field(description="The sheet to write, .csv or .jsonl; its key is written beside it.")
+    annotations: list[Filled] = Field(
         default_factory=list, description="Filled sheets, one for each annotator. Empty: write the sheet."
     )
 
@@ -199,12 +198,10 @@ ScorerSection = Annotated[
 class ScoringSection(_Strict):
     """Candidates in, scored groups out."""
 
-    input: str | list[str] = Field(
+    input: Paths = Field(
         description="Candidates (prompt, responses, sources, meta) or ranked data, whose scores are kept as raw scores."
     )
-    output: str = Field(
-        min_length=1, description="The scored .jsonl file; its report and its failures are written beside it."
-    )
+    output: OutputPath = Field(description="The scored .jsonl file; its report and its failures are written beside it.")
     format: str = Field("auto", description="Importer of ranked input; auto recognises the columns.")
     split: str = Field("train", description="Split to read from hub ids and data set folders.")
     max_groups: int | None = Field(None, ge=1, description="Read only the first this many groups.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from rrhf_peft.console import terminal
 from rrhf_peft.evaluate.folder import TABLE
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.jobs import Processes, launched_processes
@@ -58,7 +59,7 @@ def run_rounds(recipe: Recipe, *, overwrite: bool = False, console: Console | No
     # a second one would read in the launcher's store what the first left there.
     assert training_config(stages.training(1)).device is not None
     with launched_processes() as processes:
-        return _Rounds(recipe, stages, processes, console or Console(stderr=True)).run(overwrite)
+        return _Rounds(recipe, stages, processes, console or terminal(stderr=True)).run(overwrite)
 
 
 class _Rounds:

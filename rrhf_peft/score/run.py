@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rrhf_peft.console import terminal
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe
@@ -73,7 +74,7 @@ def score_recipe(
         UserError: anything the user can mend. What was finished is kept.
     """
     assert recipe.scoring is not None, "load_recipe(needs=['scoring'])"
-    section, console = recipe.scoring, console or Console(stderr=True)
+    section, console = recipe.scoring, console or terminal(stderr=True)
     with launched_processes() as processes, whole_models():
         return _score(recipe, section, processes, console, overwrite, least_responses)
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as Remaining
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rrhf_peft.console import terminal
 from rrhf_peft.files import replace_text
 from rrhf_peft.modeling import check_gradients
 
@@ -77,7 +78,7 @@ class TrainingProgress(TrainerCallback):
     """A bar with loss, pair accuracy, tokens/s, time left and, online, the reward; plain lines without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or terminal(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._started = self._last_line = 0.0

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.integrations import is_fsdp_enabled
 
+from rrhf_peft.console import terminal
 from rrhf_peft.data import DataReport
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, resolve_dtype, resolve_source
 from rrhf_peft.modeling.preparation import uses_checkpointing
@@ -69,7 +70,7 @@ def train_recipe(
     Raises:
         UserError: anything the user can mend; the run folder is untouched if it comes before training.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     args = training_config(recipe)
     main = args.process_index == 0  # joins the other processes
     folder = Path(str(args.output_dir))

@@ -16,7 +16,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def rrhf() -> Run:
-    """`rrhf(*arguments)` runs the command as `rrhf-peft *arguments` would; a defect keeps its traceback."""
+    """`rrhf(*arguments)` runs the command as `rrhf-peft *arguments` would."""
 
     def run(*arguments: object) -> Result:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

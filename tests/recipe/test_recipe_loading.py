@@ -126,6 +126,36 @@ def test_the_json_schema_takes_a_good_recipe_and_refuses_bad_ones(recipe_file: P
         assert not validator.is_valid(bad)
 
 
+SHIPPED = sorted(
+    path
+    for path in (Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml")
+    if path.parent.name != "accelerate" and path.name != "paper_numbers.yaml"
+)
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json_schema())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_json_schema_takes_every_shipped_recipe(path: Path, validator: jsonschema.Draft202012Validator) -> None:
+    validator.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_json_schema_knows_incomplete_recipes(validator: jsonschema.Draft202012Validator) -> None:
+    validator.validate({"extends": "a.yaml", "data": {"eval_size": None}, "scoring": {"scorer": {"template": "hh"}}})
+    validator.validate({"rounds": {"output": "runs/x"}, "sampling": {"prompts": "a"}})
+    for bad in (
+        {"extends": 3},
+        {"extends": "a.yaml", "data": {"max_tokns": 3}},
+        {"extends": "a.yaml", "data": {"max_tokens": "many"}},
+        {"rounds": {"output": "x"}, "sampling": {"promts": "a"}},
+        {"sampling": {"prompts": "a"}},
+    ):
+        assert not validator.is_valid(bad), bad
+
+
 def test_every_field_of_our_own_sections_is_documented() -> None:
     ours = ("ModelSection", "DataSection", "RRHFObjective", "SFTObjective", "EngineSection")
     for name in (*ours, "SamplingSection", "CandidatesSection", "EndpointSection"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from rrhf_peft.recipe import load_recipe
+from rrhf_peft.recipe import load_recipe, recipe_text
 from rrhf_peft.records import UserError
 
 
@@ -110,8 +113,34 @@ def test_settings_that_cannot_go_together(recipe_file: Path, overrides: list[str
         ("model", ["not text"]),
         ("model:\n  name: x\n  quant: nf4\ndata:\n  trian: y\n", ["model.quant (line 3)", "data.trian (line 5)"]),
         ("? [a, b]\n: 1\n", ["not valid YAML"]),
-        ("1: 2\n", ["1 (line 1): a key must be text; put quotes around it"]),
-        ("model: &again\n  name: x\n  more: *again\n", ["model.more (line 3): unknown key"]),
+        ("1: 2\n", ["line 1: this is not valid YAML (the key 1 is not text; put quotes around it)"]),
+        ("model: &again\n  name: x\n  more: *again\n", ["line 1", "contains itself, through an alias"]),
+        ("model:\n  <<: {name: x}\n  ~: y\n", ["line 3", "the key ~ is not text"]),
+        ("model:\n  name: !!int x\n", ["line 2", "'x' is not a whole number"]),
+        ("model:\n  name: !!float 1:x\n", ["line 2", "'1:x' is not a number"]),
+        ("model:\n  name: !!timestamp 2024-13-45\n", ["line 2", "could not determine a constructor"]),
+        ("model:\n  name: !!python/name:os.system x\n", ["line 2", "could not determine a constructor"]),
+        ("model:\n  name: !!binary aGk=\n", ["line 2", "could not determine a constructor"]),
+        ("data:\n  max_tokens: 9" + 30 * "9", ["line 2", "is not a whole number below 2**63"]),
+        ("data:\n  max_tokens: 9" + 9000 * "9", ["line 2", "is not a whole number below 2**63"]),
+        ("data:\n  max_tokens: 0100\n", ["data.max_tokens (line 2)", "without zeros in front"]),
+        ("data:\n  max_tokens: 1:30\n", ["data.max_tokens (line 2): must be a whole number, not '1:30'"]),
+        ("data:\n  max_tokens: 0x10\n", ["data.max_tokens (line 2): must be a whole number, not '0x10'"]),
+        ("data:\n  max_tokens: 2024-01-01\n", ["data.max_tokens (line 2)", "not '2024-01-01' (text)"]),
+        ('model:\n  name: "a\\0b"\n', ["line 2", "a character that no file can hold"]),
+        ('model:\n  name: "\\uD800"\n', ["line 2", "a character that no file can hold"]),
+        ("model: " + 5000 * "[", ["line 1", "levels of nesting"]),
+        ("model:\n" + "".join(" " * depth + "a:\n" for depth in range(1, 200)), ["levels of nesting"]),
+        ("model: *nowhere\n", ["line 1", "undefined alias"]),
+        ("model: {name: x}\n---\nmodel: {name: y}\n", ["line 2", "but found another document"]),
+        (
+            "a: &a [x]\n" + "".join(f"{n}: &{n} [*{m}, *{m}]\n" for m, n in itertools.pairwise("abcdefghijklmnopqrs")),
+            ["aliases written out"],
+        ),
+        (
+            "a: &a [x]\n" + "".join(f"k{n + 1}: &k{n + 1} [*{'a' if n == 0 else f'k{n}'}]\n" for n in range(60)),
+            ["aliases written out"],
+        ),
     ],
 )
 def test_a_wrong_file(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -160,5 +189,167 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path, recipe_file:
 def test_a_folder_and_bytes_that_are_not_text_are_no_recipe(tmp_path: Path) -> None:
     assert "cannot read this recipe" in error_of(tmp_path)
     binary = tmp_path / "binary.yaml"
-    binary.write_bytes(b"model: \xff\xfe")
-    assert "it is not UTF-8 text" in error_of(binary)
+    binary.write_bytes(b"model:\n \xff\xfe")
+    assert "it is not UTF-8 text, line 2" in error_of(binary)
+    binary.write_text("model: {name: x}", encoding="utf-16")
+    assert "UTF-16" in error_of(binary)
+    binary.write_text("#" * 300_000)
+    assert "larger than 256 KiB" in error_of(binary)
+    assert "it is not a regular file" in error_of(Path("/dev/null"))
+    assert "cannot read this recipe" in error_of(tmp_path / ("x" * 5000))
+
+
+def test_a_fifo_is_no_recipe_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    fifo = tmp_path / "recipe.yaml"
+    os.mkfifo(fifo)
+    assert "it is not a regular file" in error_of(fifo)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(recipe_file: Path) -> None:
+    recipe_file.write_bytes(b"\xef\xbb\xbf" + recipe_file.read_bytes())
+    assert load_recipe(recipe_file).model.name == "some/model"
+
+
+def test_dates_and_hashes_are_text_and_stay_so_in_the_snapshot(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["model.revision=2024-01-01", 'model.tokenizer="123e4567"'])
+    assert (recipe.model.revision, recipe.model.tokenizer) == ("2024-01-01", "123e4567")
+    (tmp_path / "snapshot.yaml").write_text(recipe_text(recipe))
+    assert load_recipe(tmp_path / "snapshot.yaml") == recipe
+
+
+def test_merge_keys_work_and_a_change_of_one_alias_is_not_one_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "sampling:\n  prompts: p\n  output: o.jsonl\n  candidates:\n"
+        "  - &first {strategy: top_p, k: 2}\n  - *first\n  - {<<: *first, source: third}\n"
+    )
+    recipe = load_recipe(path, ["sampling.candidates.0.k=4"], needs=[])
+    assert [entry.k for entry in recipe.sampling.candidates] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("key", ["sampling.candidates.0.k", "sampling.candidates[0].k", '"sampling".candidates.0."k"'])
+def test_an_override_reaches_into_lists(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"sampling": {"prompts": "a", "output": "b", "candidates": [{"strategy": "top_p"}]}}))
+    assert load_recipe(path, [f"{key}=9"], needs=[]).sampling.candidates[0].k == 9
+    for wrong in ("sampling.candidates.1.k", "sampling.candidates.x.k", "sampling.candidates[99999999999]"):
+        assert "is a list of 1" in error_of(path, f"{wrong}=4")
+
+
+def test_an_override_names_keys_with_points_in_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    policies = {"v1.5": {"adapter": "a"}}
+    path.write_text(json.dumps({"evaluation": {"prompts": "a", "output": "b", "policies": policies}}))
+    changed = load_recipe(path, ['evaluation.policies."v1.5".adapter=other'], needs=[])
+    assert changed.evaluation.policies["v1.5"].adapter == "other"
+    assert 'evaluation.policies."v1.5".adaptr (override): unknown key; did you mean' in error_of(
+        path, 'evaluation.policies."v1.5".adaptr=x'
+    )
+
+
+JUDGE = {"name": "judge", "base_url": "u", "model": "m"}
+RULE = {"name": "rule", "function": "a:b"}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "nearest"),
+    [
+        ({"scoring": {"scorer": {**RULE, "functon": "x"}}}, "scoring.scorer.functon", "function"),
+        (
+            {"scoring": {"scorer": {"name": "composite", "parts": {"a": {"scorer": {**JUDGE, "temprature": 1}}}}}},
+            "scoring.scorer.parts.a.scorer.temprature",
+            "temperature",
+        ),
+        ({"scoring": {"scorer": {"name": "composite", "parts": {"a": {"wieght": 1}}}}}, "parts.a.wieght", "weight"),
+        ({"evaluation": {"policies": {"mine": {"adaptor": "x"}}}}, "evaluation.policies.mine.adaptor", "adapter"),
+        ({"evaluation": {"scorers": {"s": {**RULE, "fuction": "x"}}}}, "evaluation.scorers.s.fuction", "function"),
+        (
+            {"evaluation": {"wins": {"against": "base", "by": {**JUDGE, "aspcts": {}}}}},
+            "evaluation.wins.by.aspcts",
+            "aspects",
+        ),
+        ({"online": {"scorer": {**RULE, "functon": "x"}}}, "online.scorer.functon", "function"),
+        ({"online": {"decoding": {"strategy": "top_p", "tempratur": 1}}}, "online.decoding.tempratur", "temperature"),
+        ({"objective": {"name": "kto", "desirable_wieght": 1}}, "objective.desirable_wieght", "desirable_weight"),
+    ],
+)
+def test_a_misspelt_key_has_its_neighbour_named_in_every_depth(
+    tmp_path: Path, section: dict[str, object], key: str, nearest: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(section, indent=1))
+    message = error_of(path)
+    assert f"{key} (line " in message
+    assert f"unknown key; did you mean '{nearest}'?" in message
+
+
+def test_the_key_in_an_error_can_be_pasted_back(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    candidates = [{"strategy": "top_p"}, {"strategy": "top_p", "k": "four"}]
+    path.write_text(json.dumps({"sampling": {"prompts": "a", "output": "b", "candidates": candidates}}))
+    key = re.search(r"(sampling\S+) \(line 1\): must be a whole number", error_of(path))
+    assert key is not None
+    assert load_recipe(path, [f"{key[1]}=4"], needs=[]).sampling.candidates[1].k == 4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            f"training.{key}={value}"
+            for key in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+            for value in (0, -1)
+        ),
+        *(
+            f"training.{key}=0"
+            for key in (
+                "learning_rate",
+                "max_steps",
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "save_total_limit",
+                "adam_epsilon",
+            )
+        ),
+        *(f"training.{key}=-1" for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "seed")),
+        "training.max_steps=-2",
+        "training.adam_beta1=1",
+        "training.seed=99999999999",
+        "adapter.r=0",
+        "adapter.r=-4",
+        "adapter.lora_alpha=0",
+        "adapter.lora_dropout=1",
+        "data.train=",
+        "data.train=[]",
+        "data.train=' '",
+        "data.train=[a, '']",
+        "data.eval=",
+        "model.name=' '",
+        "model.tokenizer=",
+        "model.init_adapter=",
+        *(f"training.output_dir={path}" for path in ("", ".", "..", "/", "./", "../..", "'~'", "' '")),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_read(recipe_file: Path, override: str) -> None:
+    message = error_of(recipe_file, override)
+    assert override.partition("=")[0] in message
+
+
+@pytest.mark.parametrize("section", ["sampling", "scoring", "evaluation", "rounds"])
+@pytest.mark.parametrize("path", ["", ".", "/", "..", "././"])
+def test_an_output_that_is_everybodys_folder_is_refused(tmp_path: Path, section: str, path: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({section: {"output": path}}))
+    assert f"{section}.output (line 1): " in error_of(recipe)
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/etc/passwd", "..", "", "a\nb", "\x1b[31m"])
+def test_names_of_policies_and_scorers_stay_inside_the_evaluations_folder(tmp_path: Path, name: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = {"prompts": "a", "output": "b", "policies": {name: {}}}
+    recipe.write_text(json.dumps({"evaluation": values}))
+    assert "names a file as well" in error_of(recipe)
+    values = {"prompts": "a", "output": "b", "policies": {"base": {}}, "scorers": {name: RULE}}
+    recipe.write_text(json.dumps({"evaluation": values}))
+    assert "names a file as well" in error_of(recipe)
