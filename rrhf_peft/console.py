@@ -30,7 +30,7 @@ from rich.text import Text
 from rrhf_peft.records import UserError
 
 #: By then a launcher has ended this process, if the main process failed too and told the user why.
-SECONDS_FOR_THE_MAIN_PROCESS_TO_SPEAK = 5.0
+SECONDS_FOR_THE_MAIN_PROCESS_TO_SPEAK = 15.0
 #: Longer errors are cut in the middle.
 MOST_CHARACTERS = 4000
 #: An environment variable that does what --debug does.
