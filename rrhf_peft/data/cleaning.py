@@ -38,8 +38,8 @@ class Counts:
         """Count a group as the file has it."""
         self.groups_read += 1
         self.responses_read += len(group.responses)
-        self.pairs_read += math.comb(len(group.scores), 2)
-        self.tied_pairs_read += sum(math.comb(count, 2) for count in Counter(group.scores).values())
+        self.pairs_read += math.comb(len(group.responses), 2)
+        self.tied_pairs_read += sum(math.comb(count, 2) for count in Counter(group.known_scores).values())
 
     def dropped(self, reason: str, num_responses: int) -> None:
         """Count a group as dropped, with the responses that are lost with it."""
@@ -86,7 +86,7 @@ def without_duplicates(
     texts: set[str] = set()
     whole: set[bytes] = set()
     kept: dict[bytes, Kept] = {}
-    for encoded, score, source in zip(responses, group.scores, group.sources, strict=True):
+    for encoded, score, source in zip(responses, group.known_scores, group.sources, strict=True):
         if encoded.is_empty:
             counts.empty_responses += 1
             continue

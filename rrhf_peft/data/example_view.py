@@ -50,7 +50,7 @@ def render_example(
             "1",
             _tokens(ids, tokenizer, _RESPONSE_STYLES, max_tokens_shown),
         )
-    origin = "".join(f", {name} {group.meta[name]}" for name in ("file", "line", "row") if name in group.meta)
+    origin = "".join(f", {name} {value}" for name, value in group.origin.items())
     title = Text(f"Example: group {tokenized.index}{_visible(origin)}", style="bold underline")
     read, kept = len(group.responses), len(tokenized.response_ids)
     return Group(title, Text(f"{kept} responses to rank, {read} read"), Text(), table)

@@ -114,7 +114,7 @@ def ranked_statistics(groups: Sequence[RankedGroup]) -> RankedStatistics:
     Raises:
         UserError: there is no response at all.
     """
-    scores = np.array([score for group in groups for score in group.scores])
+    scores = np.array([score for group in groups for score in group.known_scores])
     if not len(scores):
         raise UserError(f"none of the {len(groups)} groups has a response, so there is nothing to describe.")
     longer, shorter = _wins_by_length(groups)
@@ -125,12 +125,12 @@ def ranked_statistics(groups: Sequence[RankedGroup]) -> RankedStatistics:
         k_histogram=dict(sorted(Counter(len(group.responses) for group in groups).items())),
         score_mean=float(scores.mean()),
         score_std=float(scores.std()),
-        score_mean_of_max=float(np.mean([max(group.scores) for group in groups if group.scores])),
-        pairs=sum(math.comb(len(group.scores), 2) for group in groups),
-        tied_pairs=sum(math.comb(count, 2) for group in groups for count in Counter(group.scores).values()),
-        groups_without_order=sum(len(set(group.scores)) < 2 for group in groups),
+        score_mean_of_max=float(np.mean([max(group.known_scores) for group in groups if group.known_scores])),
+        pairs=sum(math.comb(len(group.known_scores), 2) for group in groups),
+        tied_pairs=sum(math.comb(count, 2) for group in groups for count in Counter(group.known_scores).values()),
+        groups_without_order=sum(len(set(group.known_scores)) < 2 for group in groups),
         repeated_prompts=len(groups) - len({repr(group.prompt) for group in groups}),
-        length_correlation=mean_rank_correlation((group.scores, _characters(group)) for group in groups),
+        length_correlation=mean_rank_correlation((group.known_scores, _characters(group)) for group in groups),
         longer_wins=longer / (longer + shorter) if longer + shorter else None,
         empty_responses=sum(not response.strip() for group in groups for response in group.responses),
         duplicates=sum(len(group.responses) - len(set(group.responses)) for group in groups),
@@ -172,7 +172,7 @@ def _source_reports(groups: Sequence[RankedGroup]) -> dict[str, SourceReport]:
     tallies: dict[str, _Tally] = {}
     for group in groups:
         best: dict[str, float] = {}
-        entries = list(zip(group.sources, group.scores, strict=True))
+        entries = list(zip(group.sources, group.known_scores, strict=True))
         for (source, score), length in zip(entries, _characters(group), strict=True):
             tally = tallies.setdefault(source, _Tally())
             tally.scores.append(score)
@@ -201,7 +201,9 @@ def _wins_by_length(groups: Sequence[RankedGroup]) -> tuple[int, int]:
     outcomes = Counter(
         (high > low) == (long > short)
         for group in groups
-        for (high, long), (low, short) in itertools.combinations(zip(group.scores, _characters(group), strict=True), 2)
+        for (high, long), (low, short) in itertools.combinations(
+            zip(group.known_scores, _characters(group), strict=True), 2
+        )
         if high != low and long != short
     )
     return outcomes[True], outcomes[False]
@@ -209,7 +211,7 @@ def _wins_by_length(groups: Sequence[RankedGroup]) -> tuple[int, int]:
 
 def _conflicts(group: RankedGroup) -> int:
     scores: dict[str, set[float]] = {}
-    for response, score in zip(group.responses, group.scores, strict=True):
+    for response, score in zip(group.responses, group.known_scores, strict=True):
         scores.setdefault(response, set()).add(score)
     return sum(len(own) > 1 for own in scores.values())
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from rrhf_peft.data.importers import check_format, importer_for
-from rrhf_peft.data.places import rows_of
-from rrhf_peft.data.rows import Row
+from rrhf_peft.data.formats import IMPORTERS, check_format, importer_for, unranked
+from rrhf_peft.data.row_files import rows_of
+from rrhf_peft.data.rows import UNRATED, Row
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import RankedGroup, UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def read_groups(
@@ -23,8 +28,9 @@ def read_groups(
     split: str = "train",
     revision: str | None = None,
     max_groups: int | None = None,
+    needs: Literal["scores", "responses", "prompt"] = "scores",
 ) -> list[RankedGroup]:
-    """Read ranked groups from files, folders and hub ids, in order.
+    """Read groups from files, folders and hub ids, in order.
 
     Args:
         where: A file (.jsonl, .jsonl.gz, .json, .parquet, .csv), a folder of them, a folder that
@@ -33,36 +39,64 @@ def read_groups(
         split: Split of hub ids and folders; single files are read whole.
         revision: Hub branch, tag or commit.
         max_groups: Read only the first this many groups.
+        needs: What a row must have. ``responses`` also takes rows without scores, as sampling writes them; ``prompt``
+            also takes prompts alone: rows, .txt files with one on each line, and .json lists of strings.
 
     Returns:
-        The groups as the files have them, nothing cleaned. ``meta`` holds the columns that the format
-        does not use, responses without a rating (``unrated``), and the origin: ``file``, and ``line`` (from 1)
-        or ``row`` (from 0).
+        The groups as the files have them, nothing cleaned. ``columns`` holds the columns that the format
+        does not use, and responses without a rating (``unrated``).
 
     Raises:
         UserError: names the file, line and field, and what to do.
     """
     check_format(format)
-    places = [where] if isinstance(where, (str, os.PathLike)) else where
-    if not places:
+    paths = [where] if isinstance(where, (str, os.PathLike)) else where
+    if not paths:
         raise UserError("no data was named. Give at least one file, folder or hub id.")
-    rows = chain.from_iterable(rows_of(os.fspath(place), split=split, revision=revision) for place in places)
-    groups = list(islice(_groups(rows, format), max_groups))
+    read = chain.from_iterable(_groups_of(os.fspath(path), format, split, revision, needs) for path in paths)
+    groups = [replace(group, index=index) for index, group in enumerate(islice(read, max_groups))]
     if not groups:
         raise UserError(
-            f"{', '.join(map(str, places))}: no group was found in the rows of format {format}. Check that some have "
+            f"{', '.join(map(str, paths))}: no group was found in the rows of format {format}. Check that some have "
             "ratings or ranks."
         )
     return groups
 
 
-def _groups(rows: Iterable[Row], format: str) -> Iterator[RankedGroup]:
-    """The groups of each file, read by the importer that its first row calls for."""
+def _groups_of(where: str, format: str, split: str, revision: str | None, needs: str) -> Iterator[RankedGroup]:
+    if needs == "prompt" and format == "auto":
+        texts = _lines(Path(where)) if where.endswith(".txt") else _strings(Path(where))
+        if texts is not None:
+            for origin, text in texts:
+                yield RankedGroup(text, origin={"file": where, **origin})
+            return
+    rows = rows_of(where, split=split, revision=revision)
     for _, file in groupby(rows, key=lambda row: row.file):
-        own = iter(file)
-        first = next(own)
-        importer = importer_for(first, format)
-        yield from importer.read(chain([first], own if format == "auto" else _fitting(own, format)))
+        rest = iter(file)
+        first = next(rest)
+        read = _reader(first, format, needs)
+        yield from read(chain([first], rest if format == "auto" else _fitting(rest, format)))
+
+
+def _reader(first: Row, format: str, needs: str) -> Callable[[Iterable[Row]], Iterable[RankedGroup]]:
+    """What reads a file with this first row."""
+    if format == "auto" and needs != "scores":
+        if first.has("responses") and not first.has("scores"):
+            return lambda rows: map(unranked, rows)
+        if needs == "prompt" and first.has("prompt") and not _is_ranked(first):
+            return lambda rows: map(unranked, rows)
+    importer = importer_for(first, format)
+    if needs != "scores" and importer is IMPORTERS["ranked"]:
+        return lambda rows: map(unranked, rows)
+    return importer.read
+
+
+def _is_ranked(row: Row) -> bool:
+    try:
+        importer_for(row, "auto")
+    except UserError:
+        return False
+    return True
 
 
 def _fitting(rows: Iterable[Row], format: str) -> Iterator[Row]:
@@ -72,28 +106,54 @@ def _fitting(rows: Iterable[Row], format: str) -> Iterator[Row]:
         yield row
 
 
-def write_ranked(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) -> None:
-    """Write groups as JSON Lines with exactly the columns prompt, responses, scores, sources; whole or not at all.
+def _lines(path: Path) -> Iterator[tuple[dict[str, int], str]]:
+    """The lines of a text file that are not empty, each with its number."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield {"line": number}, line.rstrip("\r")
 
-    ``datasets.load_dataset`` reads the file. ``meta`` is not written.
+
+def _strings(path: Path) -> list[tuple[dict[str, int], str]] | None:
+    """The strings of a JSON list of strings; None where the file is something else, or wrong."""
+    if path.suffix != ".json":
+        return None
+    try:
+        values = json.loads(path.expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None  # the reader of records says what is wrong with it
+    if not isinstance(values, list) or not values or not isinstance(values[0], str):
+        return None
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise UserError(f"{path}: row {row} (from 0) is not text, although the first row is. Fix it.")
+    return [({"row": row}, value) for row, value in enumerate(values)]
+
+
+def write_ranked(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) -> None:
+    """Write groups as JSON Lines, whole or not at all: prompt, responses, scores, sources, and where it is known how
+    the responses were sampled (`records.PER_RESPONSE`).
+
+    ``datasets.load_dataset`` reads the file. ``columns`` are not written.
 
     Raises:
-        UserError: no groups, a score that is not finite, text that is not Unicode, or an unwritable place.
+        UserError: no groups, text that is not Unicode, or an unwritable place.
     """
     if not groups:
         raise UserError(f"{path}: there are no groups to write. Check the step that made them.")
     lines = []
     for index, group in enumerate(groups):
-        columns = {name: getattr(group, name) for name in ("prompt", "responses", "scores", "sources")}
-        if not len(group.responses) == len(group.scores) == len(group.sources):
-            raise UserError(f"{path}: group {index} has not as many scores and sources as responses. Mend it.")
-        if not all(math.isfinite(score) for score in group.scores):
-            raise UserError(f"{path}: group {index} has a score that is not finite. Mend it or leave the group out.")
-        line = json.dumps(columns, ensure_ascii=False)
+        group.known_scores  # noqa: B018 - a ranked file has all scores
+        line = json.dumps(group.row(), ensure_ascii=False)
         try:
             line.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"{path}: group {index} holds text that is not Unicode. Mend it.") from None
+            raise UserError(f"{path}: group {index} holds text that is not Unicode. Fix it.") from None
         lines.append(line + "\n")
     replace_text(path, "".join(lines))
 
@@ -129,3 +189,112 @@ def hold_out(
         )
     train = [group for index, group in enumerate(groups) if index not in held]
     return train, [group for index, group in enumerate(groups) if index in held]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was read and written.
+
+    Attributes:
+        output: The file written.
+        groups_read: Groups that the importer found.
+        groups_written: Those with at least one rated response.
+        groups_without_response: The rest: nothing in them was rated.
+        responses_written: Responses of the groups written.
+        unrated_responses: Responses without a rating, which are not written.
+        single_response_groups: Groups written with one response: nothing to rank, but fine-tuning can use them.
+        groups_without_order: Groups written with several responses that are all tied.
+        sources: How many different sources wrote the responses.
+        columns_left_out: What the rows said besides (`RankedGroup.columns`), by name; a ranked file does not keep it.
+    """
+
+    output: str
+    groups_read: int
+    groups_written: int
+    groups_without_response: int
+    responses_written: int
+    unrated_responses: int
+    single_response_groups: int
+    groups_without_order: int
+    sources: int
+    columns_left_out: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> RenderableType:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for name, fact in self._facts():
+            table.add_row(Text(name), Text(fact))
+        return table
+
+    def _facts(self) -> list[tuple[str, str]]:
+        facts = [
+            ("written", self.output),
+            ("groups", f"{self.groups_written:,} of {self.groups_read:,} read"),
+        ]
+        if self.groups_without_response:
+            facts.append(("", f"- {self.groups_without_response:,} without a rated response, left out"))
+        if self.single_response_groups:
+            facts.append(("", f"{self.single_response_groups:,} have a single response, nothing to rank"))
+        if self.groups_without_order:
+            facts.append(("", f"{self.groups_without_order:,} have only ties"))
+        facts.append(("responses", f"{self.responses_written:,}, by {self.sources:,} sources"))
+        if self.unrated_responses:
+            facts.append(("", f"- {self.unrated_responses:,} without a rating, left out"))
+        if self.columns_left_out:
+            facts.append(("not kept", f"{', '.join(self.columns_left_out)} (a ranked file has four columns)"))
+        return facts
+
+
+def convert(
+    where: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    output: str | os.PathLike[str],
+    format: str = "auto",
+    split: str = "train",
+    revision: str | None = None,
+    max_groups: int | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Read data in any format and write it as a ranked file, whole or not at all.
+
+    A ranked file has the columns prompt, responses, scores and sources, and no others; what the source
+    knew besides is named in the report and not kept. The other arguments are those of `read_groups`.
+
+    Args:
+        output: The file to write; its name ends in ``.jsonl``.
+        overwrite: Replace an existing `output`.
+
+    Raises:
+        UserError: the data cannot be read, nothing in it is rated, or `output` exists, is misnamed or
+            cannot be written.
+    """
+    output = Path(output)
+    if output.suffix != ".jsonl":
+        raise UserError(f"{output}: a ranked file is JSON Lines. Choose a name that ends in .jsonl.")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: already exists. Choose another name, remove it, or pass --overwrite.")
+    groups = read_groups(where, format=format, split=split, revision=revision, max_groups=max_groups)
+    written = [group for group in groups if group.responses]
+    if not written:
+        raise UserError(f"{output}: nothing to write, because none of the {len(groups)} groups has a rated response.")
+    write_ranked(output, written)
+    return ConversionReport(
+        output=str(output),
+        groups_read=len(groups),
+        groups_written=len(written),
+        groups_without_response=len(groups) - len(written),
+        responses_written=sum(len(group.responses) for group in written),
+        unrated_responses=sum(len(group.columns.get(UNRATED, ())) for group in groups),
+        single_response_groups=sum(len(group.responses) == 1 for group in written),
+        groups_without_order=sum(len(group.responses) > 1 and len(set(group.scores)) == 1 for group in written),
+        sources=len({source for group in written for source in group.sources}),
+        columns_left_out=sorted({name for group in groups for name in group.columns} - {"instance", UNRATED}),
+    )

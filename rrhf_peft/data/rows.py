@@ -1,4 +1,4 @@
-"""One row of a source file, its place, and typed access to its fields.
+"""One row of a source file, where it stands, and typed access to its fields.
 
 Every complaint about a row is made here, so that each names file, line and field in the same way.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rrhf_peft.records import Message, UserError
+from rrhf_peft.records import LARGEST_SCORE, Message, RankedGroup, UserError
+
+#: Key of `RankedGroup.columns` under which the responses without a rating are kept.
+UNRATED = "unrated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """The place as error messages write it."""
+        """Where the row stands, as error messages write it."""
         return f"{self.file}:{self.line}" if self.line is not None else f"{self.file}: row {self.index} (from 0)"
 
     def problem(self, text: str) -> UserError:
@@ -51,19 +54,24 @@ class Row:
         """A field that must be a string."""
         return self.as_text(self.values.get(name), name)
 
-    def texts(self, name: str) -> list[str]:
-        """A field that must be a non-empty list of strings."""
-        return [self.as_text(value, f"{name}[{place}]") for place, value in enumerate(self.items(name))]
+    def texts(self, name: str, *, may_be_empty: bool = False) -> list[str]:
+        """A field that must be a list of strings, and not an empty one unless it may."""
+        if may_be_empty and self.values.get(name) == []:
+            return []
+        return [self.as_text(value, f"{name}[{index}]") for index, value in enumerate(self.items(name))]
 
-    def scores(self, name: str, count: int) -> list[float]:
-        """A field that must be a list of `count` finite numbers, one for each response."""
+    def scores(self, name: str, count: int, *, may_lack: bool = False) -> list[Any]:
+        """A field that must be a list of `count` finite numbers, one for each response; None only where it may."""
         values = self.items(name)
         if len(values) != count:
             raise self.problem(
                 f"{self.prefix}{name} has {len(values)} entries for {count} responses. Give every response exactly one "
                 "score."
             )
-        return [self._score(value, f"{name}[{place}]") for place, value in enumerate(values)]
+        return [
+            None if may_lack and value is None else self._score(value, f"{name}[{index}]")
+            for index, value in enumerate(values)
+        ]
 
     def number(self, name: str) -> float:
         """A field that must be a finite number."""
@@ -80,12 +88,12 @@ class Row:
             value = value if value is not None and math.isfinite(value) else None  # "nan" is no rating either
         return None if value is None else self._score(value, name)
 
-    def place(self, name: str, count: int) -> int:
+    def position(self, name: str, count: int) -> int:
         """A field that must be a position among `count` things, from 0."""
         number = self.number(name)
         if number not in range(count):
             raise self.problem(
-                f"{self.prefix}{name} is {number:g}, not a whole number from 0 to {count - 1}. Mend or remove that "
+                f"{self.prefix}{name} is {number:g}, not a whole number from 0 to {count - 1}. Fix or remove that "
                 f"{self._unit}."
             )
         return int(number)
@@ -98,7 +106,7 @@ class Row:
         """A field that must be a list of objects, each as a row of its own; the list may be empty."""
         if self.values.get(name) == []:
             return []
-        return [self._nested(value, f"{name}[{place}]") for place, value in enumerate(self.items(name))]
+        return [self._nested(value, f"{name}[{index}]") for index, value in enumerate(self.items(name))]
 
     def prompt(self, name: str) -> str | list[Message]:
         """A field that must be a string or a list of chat messages."""
@@ -107,8 +115,8 @@ class Row:
     def messages(self, name: str) -> list[Message]:
         """A field that must be a non-empty list of ``{"role": ..., "content": ...}``; other keys are left out."""
         messages = []
-        for place, value in enumerate(self.items(name)):
-            field = f"{name}[{place}]"
+        for index, value in enumerate(self.items(name)):
+            field = f"{name}[{index}]"
             if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
                 found = ", ".join(map(repr, value)) if isinstance(value, dict) else _kind(value)
                 raise self.problem(
@@ -130,36 +138,66 @@ class Row:
                     '["a", "b"].'
                 ) from None
         if not isinstance(value, list):
-            raise self.problem(f"{self.prefix}{name} is {_kind(value)}, not a list. Mend or remove that {self._unit}.")
+            raise self.problem(f"{self.prefix}{name} is {_kind(value)}, not a list. Fix or remove that {self._unit}.")
         if not value:
-            raise self.problem(f"{self.prefix}{name} is an empty list. Mend or remove that {self._unit}.")
+            raise self.problem(f"{self.prefix}{name} is an empty list. Fix or remove that {self._unit}.")
         return value
 
     def as_text(self, value: Any, field: str) -> str:
         """`value`, found at `field`, which must be a string that can be tokenised."""
         if not isinstance(value, str):
-            raise self.problem(f"{self.prefix}{field} is {_kind(value)}, not text. Mend or remove that {self._unit}.")
+            raise self.problem(f"{self.prefix}{field} is {_kind(value)}, not text. Fix or remove that {self._unit}.")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             broken = value[error.start].encode("unicode_escape").decode()
             raise self.problem(
                 f"{self.prefix}{field} holds half a character ({broken} at position {error.start}), which no tokenizer "
-                f"can read. Mend or remove that {self._unit}."
+                f"can read. Fix or remove that {self._unit}."
             ) from None
         return value
 
-    def meta(self, used: Iterable[str]) -> dict[str, Any]:
-        """The columns not in `used`, and where the row was read: `file`, and `line` or `row`."""
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the row was read: `file`, and `line` or `row`."""
+        return {"file": self.file, **({"line": self.line} if self.line is not None else {"row": self.index})}
+
+    def rest(self, used: Iterable[str]) -> dict[str, Any]:
+        """The columns not in `used` that are filled."""
         used = set(used)
-        rest = {name: value for name, value in self.values.items() if name not in used and value is not None}
-        place = {"line": self.line} if self.line is not None else {"row": self.index}
-        return {**rest, "file": self.file, **place}
+        return {name: value for name, value in self.values.items() if name not in used and value is not None}
+
+    def group(
+        self,
+        prompt: str | list[Message],
+        responses: Sequence[str],
+        ratings: Sequence[float | None],
+        sources: Sequence[str],
+        columns: dict[str, Any],
+    ) -> RankedGroup:
+        """The group of those responses that have a rating, which is their score.
+
+        The others are not made up a number for: they stand in ``columns["unrated"]``, each with `response` and
+        `source`. A group may so have a single response, or none.
+        """
+        entries = list(zip(responses, ratings, sources, strict=True))
+        rated = [(response, rating, source) for response, rating, source in entries if rating is not None]
+        unrated = [{"response": response, "source": source} for response, rating, source in entries if rating is None]
+        if unrated:
+            columns = {**columns, UNRATED: unrated}
+        return RankedGroup(
+            prompt,
+            [response for response, _, _ in rated],
+            [rating for _, rating, _ in rated],
+            [source for _, _, source in rated],
+            columns,
+            self.origin,
+        )
 
     def _score(self, value: Any, field: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.problem(
-                f"{self.prefix}{field} is {_kind(value)}, not a number. Mend or remove that {self._unit}."
+                f"{self.prefix}{field} is {_kind(value)}, not a number. Fix or remove that {self._unit}."
             )
         try:
             score = float(value)
@@ -167,15 +205,20 @@ class Row:
             score = math.inf
         if not math.isfinite(score):
             raise self.problem(
-                f"{self.prefix}{field} is {score}. Scores must be finite, higher is better; mend or remove that "
+                f"{self.prefix}{field} is {score}. Scores must be finite, higher is better; fix or remove that "
                 f"{self._unit}."
+            )
+        if abs(score) > LARGEST_SCORE:
+            raise self.problem(
+                f"{self.prefix}{field} is {score:g}, beyond {LARGEST_SCORE:g}: its mean and spread cannot be computed. "
+                f"Fix or remove that {self._unit}."
             )
         return score
 
     def _nested(self, value: Any, field: str) -> Row:
         if not isinstance(value, dict):
             raise self.problem(
-                f"{self.prefix}{field} is {_kind(value)}, not an object. Mend or remove that {self._unit}."
+                f"{self.prefix}{field} is {_kind(value)}, not an object. Fix or remove that {self._unit}."
             )
         return Row(value, self.file, self.line, self.index, prefix=f"{self.prefix}{field}.")
 

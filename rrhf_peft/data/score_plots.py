@@ -62,7 +62,7 @@ def plot_scores(groups: Sequence[RankedGroup], path: str | os.PathLike[str]) -> 
 def _draw_sources(axes: Any, groups: Sequence[RankedGroup], names: list[str], total: int) -> None:
     scores: dict[str, list[float]] = {name: [] for name in names}
     for group in groups:
-        for source, score in zip(group.sources, group.scores, strict=True):
+        for source, score in zip(group.sources, group.known_scores, strict=True):
             if source in scores:
                 scores[source].append(score)
     axes.boxplot(
@@ -89,7 +89,7 @@ def _draw_sources(axes: Any, groups: Sequence[RankedGroup], names: list[str], to
 
 def _draw_lengths(axes: Any, groups: Sequence[RankedGroup], correlation: float | None) -> None:
     lengths = np.array([len(response) for group in groups for response in group.responses])
-    scores = np.array([score for group in groups for score in group.scores])
+    scores = np.array([score for group in groups for score in group.known_scores])
     drawn = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), _POINTS_DRAWN)).astype(int))
     axes.scatter(lengths[drawn], scores[drawn], s=8, alpha=0.25, color="#3b6ea5", edgecolors="none")
     parts = [part for part in np.array_split(np.argsort(lengths, kind="stable"), 10) if len(part)]

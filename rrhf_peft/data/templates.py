@@ -101,7 +101,7 @@ def chat_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
-            f"the tokenizer's chat template refuses messages of the roles {roles} ({error}). Mend the prompt, or set "
+            f"the tokenizer's chat template refuses messages of the roles {roles} ({error}). Fix the prompt, or set "
             "data.template to raw, hh or alpaca."
         ) from None
 

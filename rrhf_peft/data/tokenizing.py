@@ -108,7 +108,7 @@ def tokenize_groups(
         counts.read(group)
         if prompt.is_overlong and overlong_prompt == "error":
             raise UserError(
-                f"{_origin(group, index)}: the prompt has {prompt.num_tokens} tokens and the limit is {prompt.limit}. "
+                f"{where_is(group, index)}: the prompt has {prompt.num_tokens} tokens and the limit is {prompt.limit}. "
                 "Raise data.max_prompt_tokens or data.max_tokens, shorten the prompt, or set data.overlong_prompt to "
                 "truncate or drop."
             )
@@ -166,7 +166,7 @@ def _prompt_text(group: RankedGroup, index: int, tokenizer: PreTrainedTokenizerB
     try:
         return form.prompt(group.prompt, tokenizer)
     except UserError as error:
-        raise UserError(f"{_origin(group, index)}: {error}") from None
+        raise UserError(f"{where_is(group, index)}: {error}") from None
 
 
 def _prompt(ids: list[int], responses: Sequence[Encoded], form: Template, limits: Limits) -> _Prompt:
@@ -203,9 +203,6 @@ def _limits(tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None, m
     return Limits(tokenizer.bos_token_id, tokenizer.eos_token_id, max_prompt_tokens, max_tokens)
 
 
-def _origin(group: RankedGroup, index: int) -> str:
-    """Where a group was read, as error messages write it."""
-    meta = group.meta
-    if "file" not in meta:
-        return f"group {index}"
-    return f"{meta['file']}:{meta['line']}" if "line" in meta else f"{meta['file']}: row {meta.get('row')} (from 0)"
+def where_is(group: RankedGroup, index: int) -> str:
+    """Where a group was read, or its position in the list that was given."""
+    return group.where if "file" in group.origin else f"group {index}"

@@ -131,7 +131,7 @@ def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, d
         heldout_groups = ranked(heldout, size.heldout_k, "held-out samples", SEED + 1)
         write_ranked(output / "ranked.jsonl", train_groups)
         write_ranked(output / "heldout.jsonl", heldout_groups)
-        mean_of_max = sum(max(group.scores) for group in train_groups) / len(train_groups)
+        mean_of_max = sum(max(group.known_scores) for group in train_groups) / len(train_groups)
 
     heading(
         "QLoRA with RRHF",

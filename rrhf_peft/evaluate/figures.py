@@ -155,7 +155,7 @@ def _preference(plan: Plan, folder: OutputFolder, name: str) -> dict[str, Any] |
     for group, row in zip(plan.pairs, read_rows(folder, "pairs", name), strict=True):
         known = [
             (own[0] / own[1], score)
-            for own, score in zip(row["log_probs"], group.raw_scores["input"], strict=True)
+            for own, score in zip(row["log_probs"], group.known_scores, strict=True)
             if own is not None  # a response without text has no p_i
         ]
         preferences.append([p for p, _ in known])

@@ -18,7 +18,7 @@ from rrhf_peft.jobs import Processes
 from rrhf_peft.modeling import attach_adapter, load_base_model
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.recipe.scoring import JudgeScorer
-from rrhf_peft.score.input import Candidates
+from rrhf_peft.records import RankedGroup
 from rrhf_peft.score.policy import PolicyScores
 from rrhf_peft.score.transcript import transcript
 
@@ -40,12 +40,12 @@ def policy_log_probs(plan: Plan, folder: OutputFolder, name: str, processes: Pro
     """Log-prob and tokens of the references and of the labelled responses under one policy."""
     loaded: list[PolicyScores] = []  # the weights are the same for both
 
-    def begin(groups: Sequence[Candidates]) -> Callable[[Sequence[Candidates]], list[Row]]:
+    def begin(groups: Sequence[RankedGroup]) -> Callable[[Sequence[RankedGroup]], list[Row]]:
         if not loaded:
             loaded.append(_policy(plan, name))
         loaded[0].prove(groups)
 
-        def work(items: Sequence[Candidates]) -> list[Row]:
+        def work(items: Sequence[RankedGroup]) -> list[Row]:
             return [{"log_probs": own} for own in loaded[0].log_probs(items)]
 
         return work

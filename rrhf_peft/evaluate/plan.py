@@ -23,9 +23,7 @@ from rrhf_peft.recipe.evaluation import PolicySection
 from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.policies import Stage, check_adapters, make_stages
-from rrhf_peft.sample.prompt_files import Prompt, read_prompts
 from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.score.input import Candidates
 from rrhf_peft.score.rule import load_rule
 
 
@@ -44,10 +42,10 @@ class Plan:
 
     recipe: Recipe
     section: EvaluationSection
-    prompts: list[Prompt]
+    prompts: list[RankedGroup]
     policies: dict[str, Stage]
-    references: list[Candidates]
-    pairs: list[Candidates]
+    references: list[RankedGroup]
+    pairs: list[RankedGroup]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -58,7 +56,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     section = recipe.evaluation
     assert section is not None, "load_recipe(needs=['evaluation'])"
-    prompts = _read("prompts", section.prompts, lambda where: read_prompts(where, **_reading(section)))
+    prompts = _read("prompts", section.prompts, lambda where: read_groups(where, **_reading(section), needs="prompt"))
     policies = {name: _policy(recipe, name, policy) for name, policy in section.policies.items()}
     _check_scorers(recipe, section)
     if section.perplexity is not None:
@@ -113,7 +111,7 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
             add("perplexity", name, judge)
         for stage_name, groups in (("references", plan.references), ("pairs", plan.pairs)):
             if groups:
-                digest = _digest([[own.prompt, own.responses, own.raw_scores] for own in groups])
+                digest = _digest([[own.prompt, own.responses, list(own.scores)] for own in groups])
                 add(stage_name, name, {**policy, **limits, f"{stage_name}_sha256": digest})
         if section.wins is not None and isinstance(section.wins.by, JudgeScorer) and name != section.wins.against:
             by = section.wins.by.model_dump(mode="json", exclude=set(JudgeScorer.EFFORT))
@@ -131,7 +129,7 @@ def _read(key: str, where: str | list[str], read: Any) -> Any:
 
 
 def _reading(section: EvaluationSection) -> dict[str, Any]:
-    return {"format": section.format, "split": section.split, "max_prompts": section.max_prompts}
+    return {"format": section.format, "split": section.split, "max_groups": section.max_prompts}
 
 
 def _policy(recipe: Recipe, name: str, policy: PolicySection) -> Stage:
@@ -197,7 +195,7 @@ def _check_scorers(recipe: Recipe, section: EvaluationSection) -> None:
             raise UserError(f"{where}: {error}") from None
 
 
-def _check_context(section: EvaluationSection, prompts: Sequence[Prompt], policies: dict[str, Stage]) -> None:
+def _check_context(section: EvaluationSection, prompts: Sequence[RankedGroup], policies: dict[str, Stage]) -> None:
     """Prompt and response must fit into what every policy can read."""
     longest: dict[str, int] = {}  # models with different adapters are looked at once
     for name, stage in policies.items():
@@ -222,7 +220,7 @@ def _check_context(section: EvaluationSection, prompts: Sequence[Prompt], polici
             )
 
 
-def _longest_prompt(section: EvaluationSection, prompts: Sequence[Prompt], model: ModelSection) -> int:
+def _longest_prompt(section: EvaluationSection, prompts: Sequence[RankedGroup], model: ModelSection) -> int:
     tokenizer, form = tokenizer_of(model), TEMPLATES[section.template]
     texts = [form.prompt(item.prompt, tokenizer) for item in prompts]
     add_bos = not form.writes_bos
@@ -247,13 +245,13 @@ def _context(model: ModelSection) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def _references(section: EvaluationSection) -> list[Candidates]:
+def _references(section: EvaluationSection) -> list[RankedGroup]:
     """Each prompt with its best response."""
     if section.references is None:
         return []
-    found: list[Candidates] = []
+    found: list[RankedGroup] = []
     reading: dict[str, Any] = {"format": section.format, "split": section.split}
-    for prompt in _read("references", section.references, lambda where: read_prompts(where, **reading)):
+    for prompt in _read("references", section.references, lambda where: read_groups(where, **reading, needs="prompt")):
         if not prompt.responses:
             raise UserError(
                 f"evaluation.references: prompt {prompt.index} has no answer. Name ranked data, or records with "
@@ -265,7 +263,7 @@ def _references(section: EvaluationSection) -> list[Candidates]:
     return found
 
 
-def _pairs(section: EvaluationSection) -> list[Candidates]:
+def _pairs(section: EvaluationSection) -> list[RankedGroup]:
     if section.pairs is None:
         return []
 
@@ -279,14 +277,14 @@ def _pairs(section: EvaluationSection) -> list[Candidates]:
 
     groups = _read("pairs", section.pairs, read)
     found = [_candidates(index, group.prompt, group.responses, group.scores) for index, group in enumerate(groups)]
-    if not any(len(set(own.raw_scores["input"])) > 1 for own in found):
+    if not any(len(set(own.scores)) > 1 for own in found):
         raise UserError("evaluation.pairs: no group has two different scores, so there is no order to compare with.")
     return found
 
 
-def _candidates(index: int, prompt: Any, responses: Sequence[str], scores: Sequence[float]) -> Candidates:
+def _candidates(index: int, prompt: Any, responses: Sequence[str], scores: Sequence[float]) -> RankedGroup:
     names = [f"response-{place}" for place in range(len(responses))]
-    return Candidates(index, prompt, list(responses), names, {"input": list(scores)}, {})
+    return RankedGroup(prompt, list(responses), list(scores), names, index=index)
 
 
 def _digest(values: Any) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rrhf_peft.data import read_groups
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import SamplingSection
-from rrhf_peft.sample.prompt_files import Prompt, read_prompts
+from rrhf_peft.records import RankedGroup
 
 
 def slice_of(prompts: Sequence[Any], number: int, size: int) -> list[Any]:
@@ -27,8 +28,8 @@ def write_slice(folder: Path, sampling: SamplingSection, number: int, size: int,
         The files, in order: one, or several where prompts with, without and with scored responses are mixed,
         since a file is read as its first row is.
     """
-    found = read_prompts(
-        sampling.prompts, format=sampling.format, split=sampling.split, max_prompts=sampling.max_prompts
+    found = read_groups(
+        sampling.prompts, format=sampling.format, split=sampling.split, max_groups=sampling.max_prompts, needs="prompt"
     )
     files = []
     for place, (_, rows) in enumerate(itertools.groupby(slice_of(found, number, size), _kind), start=1):
@@ -39,16 +40,11 @@ def write_slice(folder: Path, sampling: SamplingSection, number: int, size: int,
     return files
 
 
-def _kind(prompt: Prompt) -> str:
+def _kind(prompt: RankedGroup) -> str:
     if not prompt.responses:
         return "bare"
     return "unscored" if None in prompt.scores else "ranked"
 
 
-def _row(prompt: Prompt) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": prompt.prompt}
-    if prompt.responses:
-        row |= {"responses": prompt.responses, "sources": prompt.sources}
-    if _kind(prompt) == "ranked":
-        row["scores"] = prompt.scores
-    return {**row, "origin": prompt.meta}
+def _row(prompt: RankedGroup) -> dict[str, Any]:
+    return {**prompt.row(), "origin": {**prompt.columns, **prompt.origin}}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rrhf_peft.recipe import CandidatesSection
-from rrhf_peft.sample.prompt_files import Prompt
+from rrhf_peft.records import RankedGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Sampled:
 
 
 def joined_row(
-    prompt: Prompt,
+    prompt: RankedGroup,
     sampled: Sequence[Sampled],
     *,
     keep_provided: bool,
@@ -70,8 +70,8 @@ def joined_row(
             figures = {name: candidate[name] for name in ("num_tokens", "log_prob", "finish_reason")}
             add(candidate["text"], item.source, _detail(entry.strategy, item.policy, temperature, **figures))
         removed += [{"source": item.source, "reason": "missing"}] * (entry.k - len(item.candidates))
-    place = {name: value for name, value in prompt.meta.items() if name not in ("candidates", "removed")}
-    meta = {**place, "prompt_index": prompt.index, "candidates": details, "removed": removed}
+    rest = {name: value for name, value in prompt.columns.items() if name not in ("candidates", "removed", "meta")}
+    meta = {**rest, **prompt.origin, "prompt_index": prompt.index, "candidates": details, "removed": removed}
     return {"prompt": prompt.prompt, "responses": responses, "sources": sources, "meta": meta}
 
 

@@ -20,10 +20,9 @@ from rrhf_peft.data import TEMPLATES
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection
 from rrhf_peft.recipe.online import OnlineSection
-from rrhf_peft.records import UserError
+from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.candidate import Candidate, Decoding
 from rrhf_peft.sample.endpoint import EndpointPolicy
-from rrhf_peft.sample.prompt_files import Prompt
 from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 from rrhf_peft.sample.vllm_policy import VllmPolicy
@@ -36,7 +35,7 @@ class Policy(Protocol):
     """Something that answers prompts; may give fewer candidates than asked for, never more."""
 
     def respond(
-        self, prompts: Sequence[Prompt], keys: Sequence[str], decoding: Decoding, progress: Progress
+        self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
     ) -> list[list[Candidate]]:
         """The candidates of each prompt, in order; `keys` name the prompts' random streams."""
 
@@ -226,7 +225,7 @@ class _Tokenized:
         self.tokenizer, self.sampling, self.answer = tokenizer, sampling, answer
 
     def respond(
-        self, prompts: Sequence[Prompt], keys: Sequence[str], decoding: Decoding, progress: Progress
+        self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
     ) -> list[list[Candidate]]:
         form = TEMPLATES[self.sampling.template]
         texts = [form.prompt(item.prompt, self.tokenizer) for item in prompts]
@@ -251,7 +250,7 @@ class _Endpoint:
             )
 
     def respond(
-        self, prompts: Sequence[Prompt], keys: Sequence[str], decoding: Decoding, progress: Progress
+        self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
     ) -> list[list[Candidate]]:
         if self.server.api == "chat":
             inputs: list[Any] = [

@@ -24,11 +24,11 @@ from typing import Any
 
 from rich.console import Console
 
-from rrhf_peft.data import TEMPLATES
+from rrhf_peft.data import TEMPLATES, read_groups
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, SamplingSection
-from rrhf_peft.records import UserError
+from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.join import Sampled, joined_row
 from rrhf_peft.sample.policies import (
     PolicyLoader,
@@ -39,7 +39,6 @@ from rrhf_peft.sample.policies import (
     source_of,
 )
 from rrhf_peft.sample.progress import sample_progress
-from rrhf_peft.sample.prompt_files import Prompt, read_prompts
 from rrhf_peft.sample.report import SampleReport, make_report
 
 
@@ -79,8 +78,12 @@ def sample_recipe(
         processes.wait_for_all()
         if output.exists() and not folder.exists():
             raise UserError(f"{output}: already exists. Choose another output, remove it, or pass --overwrite.")
-        prompts = read_prompts(
-            sampling.prompts, format=sampling.format, split=sampling.split, max_prompts=sampling.max_prompts
+        prompts = read_groups(
+            sampling.prompts,
+            format=sampling.format,
+            split=sampling.split,
+            max_groups=sampling.max_prompts,
+            needs="prompt",
         )
         stages = make_stages(recipe)
         check_adapters(stages)
@@ -105,7 +108,12 @@ class _ShardedStage:
     """One stage's work, as units of consecutive prompts."""
 
     def __init__(
-        self, stage: Stage, prompts: Sequence[Prompt], sampling: SamplingSection, folder: Path, processes: Processes
+        self,
+        stage: Stage,
+        prompts: Sequence[RankedGroup],
+        sampling: SamplingSection,
+        folder: Path,
+        processes: Processes,
     ) -> None:
         self.stage, self.prompts, self.sampling, self.processes = stage, prompts, sampling, processes
         fingerprint = _fingerprint(stage, prompts, sampling)
@@ -143,7 +151,7 @@ class _ShardedStage:
             self.shards.merge()
         self.processes.wait_for_all()
 
-    def _rows(self, policy: Any, prompts: Sequence[Prompt], progress: Any) -> list[dict[str, Any]]:
+    def _rows(self, policy: Any, prompts: Sequence[RankedGroup], progress: Any) -> list[dict[str, Any]]:
         """For each prompt, every entry's candidates."""
         found = {}
         last = max(self.stage.entries)
@@ -161,7 +169,7 @@ class _ShardedStage:
         ]
 
 
-def _fingerprint(stage: Stage, prompts: Sequence[Prompt], sampling: SamplingSection) -> str:
+def _fingerprint(stage: Stage, prompts: Sequence[RankedGroup], sampling: SamplingSection) -> str:
     """Of everything that a stage's rows depend on; not of how the work is batched and where it is written."""
     settings = sampling.model_dump(include={"template", "stop", "max_prompt_tokens", "seed", "unit_prompts"})
     texts = hashlib.sha256()
@@ -173,7 +181,7 @@ def _fingerprint(stage: Stage, prompts: Sequence[Prompt], sampling: SamplingSect
 
 def _write_rows(
     output: Path,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[RankedGroup],
     stages: Sequence[Stage],
     files: Sequence[Path],
     sampling: SamplingSection,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rrhf_peft.recipe.scoring import CompositeScorer
+from rrhf_peft.records import RankedGroup
 from rrhf_peft.score.combining import NORMALIZATIONS, least, reward_under_cost, weighted_sum
-from rrhf_peft.score.input import Candidates
 from rrhf_peft.score.report import ScoreReport, make_report
 from rrhf_peft.score.scorers import GroupScores
 
@@ -17,7 +17,7 @@ LEAST_RESPONSES = 2
 
 
 def finished_rows(
-    groups: Sequence[Candidates],
+    groups: Sequence[RankedGroup],
     raw: Sequence[Mapping[str, GroupScores]],
     scorer: Any,
     counts: Mapping[str, int],
@@ -101,8 +101,8 @@ def _reasons(raw: Mapping[str, GroupScores]) -> dict[int, str]:
     return reasons
 
 
-def _raw_columns(group: Candidates, raw: Mapping[str, GroupScores]) -> dict[str, Sequence[float | None]]:
-    columns: dict[str, Sequence[float | None]] = dict(group.raw_scores)
+def _raw_columns(group: RankedGroup, raw: Mapping[str, GroupScores]) -> dict[str, Sequence[float | None]]:
+    columns: dict[str, Sequence[float | None]] = dict(group.columns["raw_scores"])
     for label, own in raw.items():
         columns[label] = own.scores
         columns.update({f"{label}.{aspect}": scores for aspect, scores in own.aspects.items()})
@@ -110,14 +110,14 @@ def _raw_columns(group: Candidates, raw: Mapping[str, GroupScores]) -> dict[str,
 
 
 def _scored_row(
-    group: Candidates, raw: Mapping[str, GroupScores], scores: Sequence[float | None], places: Sequence[int]
+    group: RankedGroup, raw: Mapping[str, GroupScores], scores: Sequence[float | None], places: Sequence[int]
 ) -> dict[str, Any]:
     """The row of the output.
 
     Where responses are left out, `meta.kept` tells the places of the others in the input, and what sampling
     says of each response (`meta.candidates`) goes with its response.
     """
-    meta = dict(group.meta)
+    meta = dict(group.columns["meta"])
     if len(places) < len(group.responses):
         meta["kept"] = list(places)
         about = meta.get("candidates")
@@ -134,7 +134,7 @@ def _scored_row(
 
 
 def _failure_row(
-    group: Candidates, raw: Mapping[str, GroupScores], reasons: Mapping[int, str], is_kept: bool
+    group: RankedGroup, raw: Mapping[str, GroupScores], reasons: Mapping[int, str], is_kept: bool
 ) -> dict[str, Any]:
     return {
         "prompt": group.prompt,
@@ -143,5 +143,5 @@ def _failure_row(
         "raw_scores": _raw_columns(group, raw),
         "left_out": {str(place): reason for place, reason in reasons.items()},
         "group_kept": is_kept,
-        "meta": group.meta,
+        "meta": group.columns["meta"],
     }

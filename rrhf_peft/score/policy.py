@@ -19,7 +19,6 @@ from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import PolicyScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
-from rrhf_peft.score.input import Candidates
 
 
 class PolicyScores:
@@ -62,20 +61,20 @@ class PolicyScores:
                 f"it to {context} or less."
             )
 
-    def prove(self, groups: Sequence[Candidates]) -> None:
+    def prove(self, groups: Sequence[RankedGroup]) -> None:
         """Let the engine settle its layout on the data's first group that has tokens; every process alike."""
         tokenized = next((tokens for group in groups for tokens in self._tokenized([group])), None)
         if tokenized is not None:
             prove(self.model, self.engine, self._batch([tokenized]))
 
-    def score(self, groups: Sequence[Candidates]) -> list[list[float | None]]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[list[float | None]]:
         """p_i of every response, in nats per token for a = 1; None for a response without text."""
         return [
             [None if own is None else own[0] / own[1] ** self.length_penalty for own in group]
             for group in self.log_probs(groups)
         ]
 
-    def log_probs(self, groups: Sequence[Candidates]) -> list[list[tuple[float, int] | None]]:
+    def log_probs(self, groups: Sequence[RankedGroup]) -> list[list[tuple[float, int] | None]]:
         """(log-prob in nats, tokens) of every response, EOS included; None for a response without text."""
         scores: list[list[tuple[float, int] | None]] = [[None] * len(group.responses) for group in groups]
         tokenized = self._tokenized(groups)
@@ -91,7 +90,7 @@ class PolicyScores:
                 own_scores[place] = known.get(text)
         return scores
 
-    def _tokenized(self, groups: Sequence[Candidates]) -> list[TokenizedGroup]:
+    def _tokenized(self, groups: Sequence[RankedGroup]) -> list[TokenizedGroup]:
         """Every different response, `sources` telling its place, `index` the group's place in `groups`.
 
         Tokenising merges responses that are the same tokens; what it merged is tokenised again.

@@ -25,9 +25,9 @@ from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, ScoringSection
-from rrhf_peft.records import UserError
+from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.score.finish import LEAST_RESPONSES, finished_rows
-from rrhf_peft.score.input import Candidates, read_candidates
+from rrhf_peft.score.input import read_candidates
 from rrhf_peft.score.progress import group_progress
 from rrhf_peft.score.ranking_sheet import write_sheet
 from rrhf_peft.score.report import ScoreReport
@@ -113,7 +113,7 @@ def _score(
     return _merge(shards, section, groups, agreement, least_responses)
 
 
-def _scorers(recipe: Recipe, groups: Sequence[Candidates]) -> dict[str, Scorer]:
+def _scorers(recipe: Recipe, groups: Sequence[RankedGroup]) -> dict[str, Scorer]:
     """Label -> scorer; a scorer that stands alone is labelled by its name."""
     assert recipe.scoring is not None
     scorer = recipe.scoring.scorer
@@ -125,7 +125,7 @@ def _scorers(recipe: Recipe, groups: Sequence[Candidates]) -> dict[str, Scorer]:
 
 def _score_units(
     shards: ShardedOutput,
-    units: Sequence[Sequence[Candidates]],
+    units: Sequence[Sequence[RankedGroup]],
     scorers: Mapping[str, Scorer],
     console: Console,
     processes: Processes,
@@ -149,7 +149,7 @@ def _score_units(
 def _merge(
     shards: ShardedOutput,
     section: ScoringSection,
-    groups: Sequence[Candidates],
+    groups: Sequence[RankedGroup],
     agreement: Mapping[str, Any],
     least_responses: int,
 ) -> ScoreOutcome:
@@ -183,7 +183,7 @@ def _merge(
 
 
 def _hand_out(
-    section: ScoringSection, scorer: HumanScorer, groups: Sequence[Candidates], *, main: bool
+    section: ScoringSection, scorer: HumanScorer, groups: Sequence[RankedGroup], *, main: bool
 ) -> ScoreOutcome:
     sheet = Path(scorer.sheet)
     if main:
@@ -191,7 +191,7 @@ def _hand_out(
     return ScoreOutcome(sheet=sheet)
 
 
-def _fingerprint(recipe: Recipe, groups: Sequence[Candidates]) -> str:
+def _fingerprint(recipe: Recipe, groups: Sequence[RankedGroup]) -> str:
     """Of everything the raw scores depend on; not of settings that only change the effort."""
     assert recipe.scoring is not None
     section = recipe.scoring
@@ -207,7 +207,7 @@ def _fingerprint(recipe: Recipe, groups: Sequence[Candidates]) -> str:
     }
     digest = hashlib.sha256(json.dumps(settings).encode())  # unsorted: of patterns the first that matches counts
     for group in groups:
-        digest.update(json.dumps([group.prompt, group.responses, group.sources, group.raw_scores]).encode())
+        digest.update(json.dumps([group.prompt, group.responses, group.sources, group.columns["raw_scores"]]).encode())
     return digest.hexdigest()
 
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from rrhf_peft.modeling import default_device, resolve_dtype, resolve_source
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import HumanScorer, JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer, SourceScorer
+from rrhf_peft.records import RankedGroup
 from rrhf_peft.score.annotations import Agreement, agreement, merged_scores
-from rrhf_peft.score.input import Candidates
 from rrhf_peft.score.judge import Judge
 from rrhf_peft.score.judge_client import JudgeClient
 from rrhf_peft.score.judge_prompts import ASPECTS
@@ -43,7 +43,7 @@ class GroupScores:
 class Scorer(Protocol):
     """Scores groups; `counts` are running totals for the report (requests, truncated texts ...)."""
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """One `GroupScores` for each group, in order."""
 
     def counts(self) -> dict[str, int]:
@@ -53,7 +53,7 @@ class Scorer(Protocol):
 class RewardModelGroups:
     """A reward model over candidates."""
 
-    def __init__(self, section: RewardModelScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+    def __init__(self, section: RewardModelScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
         value_head = section.layout == "value_head"
         device = default_device()
         options: dict[str, Any] = {
@@ -78,7 +78,7 @@ class RewardModelGroups:
         self.texts = RewardTexts(tokenizer, template=section.template, append_eos=append_eos, max_tokens=longest)
         self.model = RewardModel(model, label=label, values=section.values, batch_tokens=section.batch_tokens)
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """Rewards; every response gets one."""
         rows = [self.texts.row(group.prompt, response) for group in groups for response in group.responses]
         scores = iter(self.model.score(rows))
@@ -92,7 +92,7 @@ class RewardModelGroups:
 class JudgeGroups:
     """A judge over candidates."""
 
-    def __init__(self, section: JudgeScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+    def __init__(self, section: JudgeScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
         client = JudgeClient(
             section.base_url,
             section.model,
@@ -119,7 +119,7 @@ class JudgeGroups:
             seed=seed,
         )
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """Judgements; what failed has its reason."""
         judged = self.judge.judge([(transcript(group.prompt), group.responses) for group in groups])
         return [GroupScores(own.scores, own.failures, own.aspects) for own in judged]
@@ -133,10 +133,10 @@ class JudgeGroups:
 class RuleGroups:
     """A rule over candidates."""
 
-    def __init__(self, section: RuleScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+    def __init__(self, section: RuleScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
         self.rule = load_rule(section.function)
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """What the rule says; every response gets a score."""
         return [GroupScores([*self.rule(transcript(group.prompt), group.responses)]) for group in groups]
 
@@ -148,11 +148,11 @@ class RuleGroups:
 class PolicyGroups:
     """A policy's own preference over candidates."""
 
-    def __init__(self, section: PolicyScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+    def __init__(self, section: PolicyScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
         self.policy: PolicyScores = load_policy(section, recipe)
         self.policy.prove(groups)
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """p_i; a response without text has none."""
         return [
             GroupScores(own, {place: "no text" for place, score in enumerate(own) if score is None})
@@ -167,11 +167,11 @@ class PolicyGroups:
 class SourceGroups:
     """Who wrote a candidate; a source without a score is told before anything is written."""
 
-    def __init__(self, section: SourceScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+    def __init__(self, section: SourceScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
         sources = dict.fromkeys(source for group in groups for source in group.sources)
         self.scores = {source: source_score(source, section.scores) for source in sources}
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """What the patterns say; every response gets a score."""
         return [GroupScores([self.scores[source] for source in group.sources]) for group in groups]
 
@@ -183,14 +183,14 @@ class SourceGroups:
 class HumanGroups:
     """People's merged ranks over candidates; the sheets are read when it is made."""
 
-    def __init__(self, section: HumanScorer, recipe: Recipe, seed: int, groups: Sequence[Candidates]) -> None:
+    def __init__(self, section: HumanScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
         texts = [(transcript(group.prompt), group.responses) for group in groups]
         sizes = [len(group.responses) for group in groups]
         annotators = [read_ranks(Path(file), Path(section.sheet), texts) for file in section.annotations]
         self.merged = dict(zip((group.index for group in groups), merged_scores(annotators, sizes), strict=True))
         self.agreement: Agreement = agreement(annotators, sizes)
 
-    def score(self, groups: Sequence[Candidates]) -> list[GroupScores]:
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """Merged ranks; a response that nobody ranked has none."""
         found = []
         for group in groups:
@@ -204,7 +204,7 @@ class HumanGroups:
 
 
 #: Name in a recipe -> what makes the scorer from (section, recipe, seed, all groups).
-SCORERS: dict[str, Callable[[Any, Recipe, int, Sequence[Candidates]], Scorer]] = {
+SCORERS: dict[str, Callable[[Any, Recipe, int, Sequence[RankedGroup]], Scorer]] = {
     "reward_model": RewardModelGroups,
     "judge": JudgeGroups,
     "rule": RuleGroups,

@@ -37,7 +37,6 @@ from rrhf_peft.records import GroupBatch, Mean, RankedGroup, TokenizedGroup, Use
 from rrhf_peft.sample.candidate import Candidate, Decoding
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 from rrhf_peft.score.finish import combined
-from rrhf_peft.score.input import Candidates
 from rrhf_peft.score.scorers import SCORERS
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.reference import adapter_off_log_probs, evaluating
@@ -53,7 +52,7 @@ SAMPLED = "online"
 _MEASURED = ("rewards/mean", "rewards/max", "kl/response", "kl/token", "response_tokens", "groups_without_pairs")
 
 #: Groups in, for each a score per response out: higher is better, None where there is none.
-Reward = Callable[[Sequence[Candidates]], list[list[float | None]]]
+Reward = Callable[[Sequence[RankedGroup]], list[list[float | None]]]
 
 #: `TokenizedGroup.index` of a group that only stands in for a micro-batch without any, and teaches nothing.
 STAND_IN = -1
@@ -180,13 +179,11 @@ class OnlineTrainer(RRHFTrainer):
         sampled = time.perf_counter()
         rewards = self.reward(
             [
-                Candidates(
-                    item.index,
+                RankedGroup(
                     item.prompt,
                     [*item.responses, *(candidate.text for candidate in own)],
-                    [*item.sources, *[self.own_source] * len(own)],
-                    {},
-                    {},
+                    sources=[*item.sources, *[self.own_source] * len(own)],
+                    index=item.index,
                 )
                 for item, own in zip(prompts, candidates, strict=True)
             ]
@@ -324,14 +321,14 @@ def make_reward(section: Any, recipe: Recipe, seed: int, prompts: Sequence[Onlin
     names = list(dict.fromkeys([own_source, *(name for item in prompts for name in item.sources)]))
     texts = [f"This is answer {number}." for number in range(max(2, len(names)))]
     sources = (names * 2)[: len(texts)]
-    example = Candidates(0, prompts[0].prompt, texts, sources, {}, {})
+    example = RankedGroup(prompts[0].prompt, texts, sources=sources)
 
     parts = {section.name: section}
     if isinstance(section, CompositeScorer):
         parts = {label: part.scorer for label, part in section.parts.items()}
     scorers = {label: SCORERS[own.name](own, recipe, seed, [example]) for label, own in parts.items()}
 
-    def reward(groups: Sequence[Candidates]) -> list[list[float | None]]:
+    def reward(groups: Sequence[RankedGroup]) -> list[list[float | None]]:
         by_label = {label: scorer.score(groups) for label, scorer in scorers.items()}
         return combined(
             [{label: own[place] for label, own in by_label.items()} for place in range(len(groups))], section

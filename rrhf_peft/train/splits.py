@@ -21,7 +21,6 @@ from rrhf_peft.data import TEMPLATES, hold_out, read_groups, tokenize_groups
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import Message, RankedGroup, UserError
-from rrhf_peft.sample.prompt_files import Prompt, read_prompts
 from rrhf_peft.sample.prompts import encode_prompts
 
 
@@ -34,7 +33,7 @@ def read_splits(recipe: Recipe) -> dict[str, list[RankedGroup]]:
     data, training = recipe.data, recipe.training
     where: dict[str, Any] = {"format": data.format, "split": data.split, "max_groups": data.max_groups}
     seed = TrainingArguments.seed if training.seed is None else training.seed  # type: ignore[attr-defined]
-    groups = {"train": (read_groups if recipe.online is None else read_online_groups)(data.train, **where)}
+    groups = {"train": read_groups(data.train, **where, needs="scores" if recipe.online is None else "prompt")}
     if data.eval is not None:
         groups["eval"] = read_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
     elif data.eval_size is not None:
@@ -131,23 +130,6 @@ class PromptReport:
         table.add_row("provided responses", f"{self.provided_responses:,}")
         table.add_row("prompt tokens", "  ".join(f"{name} {value}" for name, value in self.prompt_tokens.items()))
         return table
-
-
-def read_online_groups(
-    where: str | Sequence[str], *, format: str, split: str, max_groups: int | None
-) -> list[RankedGroup]:
-    """The prompts with what they came with; a response without a score has 0, which online training never reads.
-
-    Raises:
-        UserError: names file, line and field; or there is no prompt at all.
-    """
-    prompts = read_prompts(where, format=format, split=split, max_prompts=max_groups)
-    return [_as_group(item) for item in prompts]
-
-
-def _as_group(item: Prompt) -> RankedGroup:
-    scores = [0.0 if score is None else score for score in item.scores]
-    return RankedGroup(item.prompt, item.responses, scores, item.sources, item.meta)
 
 
 def tokenize_prompts(

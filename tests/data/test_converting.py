@@ -37,7 +37,7 @@ def test_what_is_rated_is_written_and_the_rest_counted(jsonl, tmp_path):
         "single_response_groups": 0,
         "groups_without_order": 1,
         "sources": 2,
-        "meta_left_out": ["annotator"],
+        "columns_left_out": ["annotator"],
     }
     assert len(read_groups(out)) == 2
 

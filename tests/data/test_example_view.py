@@ -15,7 +15,7 @@ GROUP = RankedGroup(
     ["hi", "oh \x1b[31mno", "hi", "a longer answer"],
     [2.0, -1.0, 2.0, 0.5],
     ["human", "model", "human", "\x1b[2Jevil"],
-    {"file": "data.jsonl", "line": 4},
+    origin={"file": "data.jsonl", "line": 4},
 )
 
 

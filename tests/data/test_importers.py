@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rrhf_peft.data import IMPORTERS, read_groups
-from rrhf_peft.data.importers import importer_for
+from rrhf_peft.data.formats import importer_for
 from rrhf_peft.data.rows import Row
 from rrhf_peft.records import RankedGroup, UserError
 
@@ -127,10 +127,10 @@ def test_rows_become_the_groups_they_mean(case, named):
     assert parts(read(format, **values)) == expected
 
 
-def test_meta_keeps_other_columns_and_the_origin():
+def test_columns_keep_other_columns_and_the_origin():
     group = read(prompt="p", responses=["a"], scores=[1], lang="en", empty=None)
-    assert group.meta == {"lang": "en", "file": "file.jsonl", "line": 7}
-    assert read(prompt="p", response=" a", chosen=" a", rejected="b").meta["response"] == " a"
+    assert (group.columns, group.origin) == ({"lang": "en"}, {"file": "file.jsonl", "line": 7})
+    assert read(prompt="p", response=" a", chosen=" a", rejected="b").columns["response"] == " a"
 
 
 def test_message_keys_that_are_no_text_are_left_out():

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrhf_peft.data import hold_out, read_groups, write_ranked
-from rrhf_peft.data.places import rows_of_hub, split_of
+from rrhf_peft.data.row_files import rows_of_hub, split_of
 from rrhf_peft.records import RankedGroup, UserError
 
 ROWS = [
@@ -69,18 +69,18 @@ def test_every_file_type_gives_the_same_groups(name, tmp_path):
     groups = read_groups(tmp_path / name)
     assert contents(groups) == ROWS
     assert contents(read_groups(tmp_path)) == ROWS  # the folder that holds it
-    assert all(group.meta["file"] == str(tmp_path / name) for group in groups)
+    assert all(group.origin["file"] == str(tmp_path / name) for group in groups)
     place = "row" if name in ("list.json", "data.parquet") else "line"
     expected = {"blank.jsonl": [2, 4], "data.csv": [2, 3]}.get(name, [0, 1] if place == "row" else [1, 2])
-    assert [group.meta[place] for group in groups] == expected
+    assert [group.origin[place] for group in groups] == expected
 
 
 def test_csv_records_keep_text_as_it_is_and_know_their_line(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text('prompt,chosen,rejected\n007,"two\nlines",NA\n"a, b",null,\n')
     first, second = read_groups(path)
-    assert (first.prompt, first.responses, first.meta["line"]) == ("007", ["two\nlines", "NA"], 2)
-    assert (second.prompt, second.responses, second.meta["line"]) == ("a, b", ["null", ""], 4)
+    assert (first.prompt, first.responses, first.origin["line"]) == ("007", ["two\nlines", "NA"], 2)
+    assert (second.prompt, second.responses, second.origin["line"]) == ("a, b", ["null", ""], 4)
 
 
 def test_a_csv_cell_may_be_long(tmp_path):
@@ -102,7 +102,7 @@ def test_saved_data_sets(tmp_path):
     datasets.DatasetDict(train=data.select([0]), test=data.select([1])).save_to_disk(tmp_path / "splits")
     assert contents(read_groups(tmp_path / "one", split="test")) == ROWS
     assert contents(read_groups(tmp_path / "splits", split="test")) == ROWS[1:]
-    assert read_groups(tmp_path / "one")[1].meta == {"file": str(tmp_path / "one"), "row": 1}
+    assert read_groups(tmp_path / "one")[1].origin == {"file": str(tmp_path / "one"), "row": 1}
     with pytest.raises(UserError, match="no split 'validation', only test, train"):
         read_groups(tmp_path / "splits", split="validation")
 
@@ -235,7 +235,7 @@ def test_a_forbidden_file(jsonl):
 
 # Text without lone surrogates, which are no characters.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-scores = st.floats(allow_nan=False, allow_infinity=False)
+scores = st.floats(-1e30, 1e30)
 
 
 @st.composite
@@ -255,7 +255,7 @@ def test_ranked_files_come_back_unchanged(tmp_path, groups):
     write_ranked(tmp_path / "round.jsonl", groups)
     back = read_groups(tmp_path / "round.jsonl")
     assert contents(back) == contents(groups)
-    assert [group.meta["line"] for group in back] == list(range(1, len(groups) + 1))
+    assert [group.origin["line"] for group in back] == list(range(1, len(groups) + 1))
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -280,8 +280,7 @@ def test_messages_load_with_datasets(tmp_path):
     ("groups", "problem"),
     [
         ([], "no groups to write"),
-        ([RankedGroup("p", ["a"], [float("nan")], ["s"])], "group 0 has a score that is not finite"),
-        ([RankedGroup("p", ["a"], [1.0, 2.0], ["s"])], "group 0 has not as many scores"),
+        ([RankedGroup("p", ["a"], [None], ["s"])], "1 of 1 responses have no score"),
         ([RankedGroup("p", ["\ud83d"], [1.0], ["s"])], "group 0 holds text that is not Unicode"),
     ],
 )
@@ -291,6 +290,77 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, groups, problem):
     with pytest.raises(UserError, match=problem):
         write_ranked(path, groups)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"scores": [float("nan")]}, "group 0: a score is nan, which is not finite"),
+        ({"scores": [1e308]}, r"group 0: a score is 1e\+308, which is not finite, or beyond 1e\+30"),
+        ({"scores": [1.0, 2.0]}, "group 0: scores has 2 entries for 1 responses"),
+        ({"scores": ["1"]}, "group 0: a score must be a number, not '1'"),
+        ({"scores": [True]}, "group 0: a score must be a number, not True"),
+        ({"sources": ["a", "b"]}, "group 0: sources has 2 entries for 1 responses"),
+        ({"sources": [3]}, r"group 0: sources must be texts, not \[3\]"),
+        ({"responses": "a"}, "group 0: responses must be a list of texts, not 'a'"),
+        ({"responses": [3]}, r"group 0: responses must be a list of texts, not \[3\]"),
+        ({"prompt": 3}, "group 0: prompt must be text or a list of chat messages, not 3"),
+        ({"prompt": [{"role": "user"}]}, r"group 0: prompt\[0\] must be a chat message"),
+        ({"finish_reasons": ["eos", "length"]}, "group 0: finish_reasons has 2 entries for 1 responses"),
+        ({"token_ids": [["a"]]}, "group 0: token_ids must be lists of whole numbers"),
+    ],
+)
+def test_a_wrong_group_is_an_error_where_it_is_made(values, problem):
+    with pytest.raises(UserError, match=problem):
+        RankedGroup(**{"prompt": "p", "responses": ["a"], **values})
+
+
+def test_a_group_knows_its_sampling_and_chooses(tmp_path):
+    about = {
+        "finish_reasons": ["eos", None],
+        "num_tokens": [2, None],
+        "token_ids": [[5, 2], None],
+        "tokenizers": ["f", None],
+    }
+    group = RankedGroup("p", ["a", "b"], [1.0, 2.0], **about)
+    assert group.sources == ["response-0", "response-1"]
+    write_ranked(tmp_path / "r.jsonl", [group])
+    (back,) = read_groups(tmp_path / "r.jsonl")
+    assert {name: list(getattr(back, name)) for name in about} == about
+    assert back.columns == {}
+    assert back.choose([1, 0]).row() == {
+        "prompt": "p", "responses": ["b", "a"], "scores": [2.0, 1.0], "sources": ["response-1", "response-0"],
+        **{name: values[::-1] for name, values in about.items()},
+    }  # fmt: skip
+    assert RankedGroup("p", ["a"]).row() == {"prompt": "p", "responses": ["a"], "sources": ["response-0"]}
+    assert RankedGroup("p").row() == {"prompt": "p"}
+
+
+def test_files_of_earlier_versions_say_how_responses_ended(jsonl):
+    candidates = [{"finish_reason": "length", "num_tokens": 3}, {"finish_reason": "eos", "num_tokens": 2}]
+    row = {"prompt": "p", "responses": ["abc", "d"], "scores": [1, 2], "meta": {"candidates": candidates}}
+    (group,) = read_groups(jsonl(row))
+    assert (list(group.finish_reasons), list(group.num_tokens)) == (["length", "eos"], [3, 2])
+    (group,) = read_groups(jsonl({**row, "meta": {"candidates": candidates[:1]}}))  # of something else
+    assert group.finish_reasons == (None, None)
+
+
+def test_what_is_needed_decides_what_is_read(jsonl):
+    rows = [
+        {"prompt": "p"},
+        {"prompt": "q", "responses": ["a"]},
+        {"prompt": "r", "responses": ["b", "c"], "scores": [1, None]},
+    ]
+    groups = read_groups(jsonl(*rows), needs="prompt")
+    assert [(group.prompt, group.responses, list(group.scores), group.index) for group in groups] == [
+        ("p", [], [], 0), ("q", ["a"], [None], 1), ("r", ["b", "c"], [1.0, None], 2),
+    ]  # fmt: skip
+    assert [group.responses for group in read_groups(jsonl(*rows[1:]), needs="responses")] == [["a"], ["b", "c"]]
+    assert read_groups(jsonl({"prompt": "p", "responses": []}), needs="responses")[0].responses == []
+    with pytest.raises(UserError, match="misses"):
+        read_groups(jsonl(*rows[1:]))
+    with pytest.raises(UserError, match=r"scores\[1\] is null"):
+        read_groups(jsonl(rows[2]))
 
 
 def numbered(count: int, prompts: int | None = None) -> list[RankedGroup]:

@@ -123,7 +123,7 @@ def test_the_fingerprint_sees_every_change_and_nothing_else(byte_tokenizer):
     assert len(set(prints)) == len(prints)
     assert all(len(text) == 64 for text in prints)
     # What is dropped or only described does not matter.
-    assert prints[0] == fingerprint(one, two, GROUPS[2]) == fingerprint(dataclasses.replace(one, meta={"a": 1}), two)
+    assert prints[0] == fingerprint(one, two, GROUPS[2]) == fingerprint(dataclasses.replace(one, columns={"a": 1}), two)
 
 
 def shown(renderable, width=80, **keys):

@@ -107,7 +107,7 @@ def test_chat_reads_a_transcript_as_turns(chat_tokenizer):
 
 
 def test_chat_without_a_template_says_what_to_do(byte_tokenizer):
-    group = RankedGroup("q", ["a", "b"], [1, 0], ["s", "s"], {"file": "f.jsonl", "line": 3})
+    group = RankedGroup("q", ["a", "b"], [1, 0], ["s", "s"], origin={"file": "f.jsonl", "line": 3})
     with pytest.raises(UserError, match=r"f\.jsonl:3: .* has no chat template\. Set data\.template to raw"):
         tokenize_groups([group], byte_tokenizer, template="chat")
 
@@ -115,7 +115,7 @@ def test_chat_without_a_template_says_what_to_do(byte_tokenizer):
 def test_a_template_that_refuses_the_messages_names_the_group(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    group = RankedGroup(DIALOGUE, ["a", "b"], [1, 0], ["s", "s"], {"file": "hub/id", "row": 3})
+    group = RankedGroup(DIALOGUE, ["a", "b"], [1, 0], ["s", "s"], origin={"file": "hub/id", "row": 3})
     with pytest.raises(UserError, match=r"hub/id: row 3 \(from 0\): .* system, user, assistant, user \(roles must"):
         tokenize_groups([group], tokenizer, template="chat")
 

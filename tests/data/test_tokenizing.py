@@ -17,10 +17,10 @@ from rrhf_peft.records import RankedGroup, UserError
 BOS, EOS = 1, 2
 
 
-def group(prompt="prompt", responses=("a", "b"), scores=None, sources=None, **meta):
+def group(prompt="prompt", responses=("a", "b"), scores=None, sources=None, **origin):
     scores = list(range(len(responses), 0, -1)) if scores is None else list(scores)
     sources = sources or [f"s{n}" for n in range(len(responses))]
-    return RankedGroup(prompt, list(responses), [float(score) for score in scores], list(sources), meta)
+    return RankedGroup(prompt, list(responses), [float(score) for score in scores], list(sources), origin=origin)
 
 
 def one(tokenizer, own, **keys):
@@ -146,12 +146,12 @@ def test_dropped_prompts_are_counted_and_nothing_else_of_them(byte_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("meta", "place"),
+    ("origin", "where"),
     [({"file": "f.jsonl", "line": 12}, r"f\.jsonl:12"), ({"file": "a/b", "row": 0}, r"a/b: row 0"), ({}, "group 1")],
 )
-def test_an_overlong_prompt_can_be_an_error_that_names_the_group(byte_tokenizer, meta, place):
-    groups = [group("a"), group("a" * 9, **meta)]
-    with pytest.raises(UserError, match=rf"^{place}.* has 10 tokens and the limit is 5\. Raise data\.max"):
+def test_an_overlong_prompt_can_be_an_error_that_names_the_group(byte_tokenizer, origin, where):
+    groups = [group("a"), group("a" * 9, **origin)]
+    with pytest.raises(UserError, match=rf"^{where}.* has 10 tokens and the limit is 5\. Raise data\.max"):
         tokenize_groups(groups, byte_tokenizer, max_prompt_tokens=5, overlong_prompt="error")
 
 

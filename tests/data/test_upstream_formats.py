@@ -598,7 +598,9 @@ def test_the_upstream_layout_becomes_the_groups_it_means(case, named, upstream, 
     )
     if "oasst" not in case:  # flat messages come in the file's order
         assert [group.prompt for group in groups] == [group[0] for group in expected]
-    assert all(group.meta["file"] == str(path) and ("line" in group.meta or "row" in group.meta) for group in groups)
+    assert all(
+        group.origin["file"] == str(path) and ("line" in group.origin or "row" in group.origin) for group in groups
+    )
 
     filled = [group for group in groups if group.responses]
     write_ranked(tmp_path / "ranked.jsonl", filled)
@@ -616,21 +618,21 @@ def test_the_recipe_knows_every_importer():
 
 def test_what_has_no_rating_is_kept_apart(upstream):
     first, second = read_groups(upstream("u.jsonl", ULTRAFEEDBACK))
-    assert first.meta["unrated"] == [{"response": "", "source": "falcon"}]
-    assert second.meta["unrated"] == [{"response": "Tulips", "source": "c"}]
+    assert first.columns["unrated"] == [{"response": "", "source": "falcon"}]
+    assert second.columns["unrated"] == [{"response": "Tulips", "source": "c"}]
     groups = read_groups(upstream("o.jsonl", [TREE]))
-    assert [group.meta.get("unrated") for group in groups] == [None, [{"response": "text of f", "source": "human"}]]
+    assert [group.columns.get("unrated") for group in groups] == [None, [{"response": "text of f", "source": "human"}]]
     empty = read_groups(upstream("a.json", ALPACA_EVAL))[-1]
-    assert [entry["source"] for entry in empty.meta["unrated"]] == ["davinci", "mine"]
+    assert [entry["source"] for entry in empty.columns["unrated"]] == ["davinci", "mine"]
 
 
 def test_other_judgements_and_annotators_stay_in_meta(upstream):
-    assert read_groups(upstream("p.jsonl", PKU))[0].meta["safer_response_id"] == 0
-    assert read_groups(upstream("s.jsonl", SUMMARIZE))[0].meta["worker"] == "w7"
-    assert read_groups(upstream("a.jsonl", ALPACA_EVAL))[0].meta["annotator"] == "gpt4"
-    assert read_groups(upstream("h.jsonl", HELPSTEER2))[0].meta["ratings"][1]["correctness"] == 3
-    assert read_groups(upstream("r.jsonl", SHP))[0].meta["comments"] == ["id-Bake.", "id-Fry.", "id-Boil."]
-    assert read_groups(upstream("o.jsonl", [TREE]))[1].meta["message_id"] == "c"
+    assert read_groups(upstream("p.jsonl", PKU))[0].columns["safer_response_id"] == 0
+    assert read_groups(upstream("s.jsonl", SUMMARIZE))[0].columns["worker"] == "w7"
+    assert read_groups(upstream("a.jsonl", ALPACA_EVAL))[0].columns["annotator"] == "gpt4"
+    assert read_groups(upstream("h.jsonl", HELPSTEER2))[0].columns["ratings"][1]["correctness"] == 3
+    assert read_groups(upstream("r.jsonl", SHP))[0].columns["comments"] == ["id-Bake.", "id-Fry.", "id-Boil."]
+    assert read_groups(upstream("o.jsonl", [TREE]))[1].columns["message_id"] == "c"
 
 
 def test_numbers_in_csv(tmp_path):

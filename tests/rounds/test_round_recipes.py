@@ -7,12 +7,12 @@ import json
 import pytest
 from rounds.round_recipes import NEEDS, evaluated, round_recipe, round_values
 
+from rrhf_peft.data import read_groups
 from rrhf_peft.recipe import load_recipe, make_recipe, recipe_text
 from rrhf_peft.records import UserError
 from rrhf_peft.rounds.folder import open_rounds
 from rrhf_peft.rounds.prompts import slice_of, write_slice
 from rrhf_peft.rounds.stages import Stages
-from rrhf_peft.sample.prompt_files import read_prompts
 
 MODEL = "org/some-model"
 SETS = ("sampling.output", "scoring.input", "scoring.output", "data.train", "training.output_dir", "evaluation.output")
@@ -130,15 +130,15 @@ def test_a_slice_keeps_what_came_with_its_prompts(tmp_path):
         files.append(str(tmp_path / f"{name}.jsonl"))
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     sampling = round_recipe(MODEL, tmp_path, sampling={"prompts": files}).sampling
-    whole = read_prompts(files)
+    whole = read_groups(files, needs="prompt")
     written = write_slice(tmp_path / "round-1", sampling, 1, 5)
     assert len(written) == 3
-    found = read_prompts(written)
+    found = read_groups(written, needs="prompt")
     for before, after in zip(whole, found, strict=False):
         for name in ("prompt", "responses", "sources", "scores"):
             assert getattr(after, name) == getattr(before, name)
     assert len(found) == 5
-    assert found[0].meta["origin"]["topic"] == "t"
+    assert found[0].columns["origin"]["topic"] == "t"
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from sample.sample_recipes import MIXED, read_rows, sample_recipe_of, write_prompts
 
+from rrhf_peft.data import read_groups
 from rrhf_peft.modeling import attach_adapter, load_base_model
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
 from rrhf_peft.sample.policies import PolicyLoader, make_stages
-from rrhf_peft.sample.prompt_files import read_prompts
 from rrhf_peft.sample.run import sample_recipe
 
 TRANSCRIPT = "\n\nHuman: q\n\nAssistant:"
@@ -162,7 +162,7 @@ def test_provided_responses_stay_in_front_with_their_scores(tiny_model_folder, t
     assert read_rows(tmp_path / "p.jsonl")[0]["responses"] == ["Because.", "Ask."]
 
     # its output is a prompt file again
-    (prompt,) = read_prompts(str(tmp_path / "b.jsonl"))
+    (prompt,) = read_groups(str(tmp_path / "b.jsonl"), needs="prompt")
     assert (prompt.responses, prompt.scores) == (without["responses"], [None, None])
 
 
@@ -179,7 +179,7 @@ def test_provided_responses_stay_in_front_with_their_scores(tiny_model_folder, t
 )
 def test_prompt_files(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    found = read_prompts(str(tmp_path / name))
+    found = read_groups(str(tmp_path / name), needs="prompt")
     if expected is not None:
         assert [prompt.prompt for prompt in found] == expected
     else:
@@ -187,7 +187,7 @@ def test_prompt_files(tmp_path, name, text, expected):
     provided = {"b.jsonl": ["y", "n"], "c.jsonl": [" y", " n"]}.get(name, [])
     assert found[0].responses == provided
     assert [prompt.index for prompt in found] == list(range(len(found)))
-    assert len(read_prompts([str(tmp_path / name)] * 2, max_prompts=len(found) + 1)) == len(found) + 1
+    assert len(read_groups([str(tmp_path / name)] * 2, max_groups=len(found) + 1, needs="prompt")) == len(found) + 1
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_prompt_files(tmp_path, name, text, expected):
 def test_wrong_prompt_files(tmp_path, text, part):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError) as caught:
-        read_prompts(str(tmp_path / "a.json"))
+        read_groups(str(tmp_path / "a.json"), needs="prompt")
     assert part in str(caught.value)
     assert "a.json" in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_templates_shape_what_the_policy_reads(tiny_model_folder, tmp_path):
         recipe = sample_recipe_of(tiny_model_folder, prompts, tmp_path / "x.jsonl", [TOP_P], template=template)
         policy = PolicyLoader(recipe.sampling).load(make_stages(recipe)[0])
         policy.answer = lambda encoded, *rest, template=template: seen.update({template: encoded[0]}) or [[]]
-        policy.respond(read_prompts(str(prompts)), ["0"], None, None)
+        policy.respond(read_groups(str(prompts), needs="prompt"), ["0"], None, None)
     decode = AutoTokenizer.from_pretrained(tiny_model_folder).decode
     assert decode(seen["raw"]) == "<s>Why?"
     assert decode(seen["hh"]) == "<s>\n\nHuman: Why?\n\nAssistant:"
