@@ -12,7 +12,7 @@ def letters(prompt, responses):
     return [sum(char.isalpha() for char in text) / len(text) if text else 0.0 for text in responses]
 
 
-LETTERS = {"name": "rule", "function": "evaluation.evaluate_recipes:letters"}
+LETTERS = {"name": "rule", "function": "evaluate.evaluate_recipes:letters"}
 
 
 def write_json(path, values):

@@ -88,8 +88,7 @@ def test_the_licence_is_whole() -> None:
 SOURCES = sorted((ROOT / "rrhf_peft").rglob("*.py"))
 
 
-def test_files_are_small_and_say_what_they_are() -> None:
-    assert [path.name for path in SOURCES if len(path.read_text(encoding="utf-8").splitlines()) > 320] == []
+def test_files_say_what_they_are() -> None:
     vague = re.compile(r"(utils?|common|helpers?|misc)\.py")
     assert [path.name for path in SOURCES if vague.fullmatch(path.name)] == []
 

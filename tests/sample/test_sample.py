@@ -82,7 +82,7 @@ def test_rows_do_not_depend_on_units_or_budget_but_on_the_seed(tiny_model_folder
 
 
 def test_adapters_take_turns_on_one_base(tiny_model_folder, adapters, tmp_path, monkeypatch):
-    from rrhf_peft.collecting import sample_policies
+    from rrhf_peft.sample import policies as sample_policies
 
     loads = []
     load = sample_policies.load_base_model
@@ -249,7 +249,7 @@ def test_vllm_is_asked_for_in_one_sentence(tiny_model_folder, tmp_path):
 
 def test_a_server_answers_beside_a_model(tiny_model_folder, tmp_path):
     pytest.importorskip("openai")
-    from sampling.test_endpoint import Server
+    from sample.test_endpoint import Server
 
     server = Server()
     try:
