@@ -6,7 +6,9 @@ metrics. Everything else (loop, optimizers, distributed wrappers, checkpoints) i
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import strtobool
 
 from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
 from rrhf_peft.logprobs import Proof, install, prove
@@ -110,6 +113,22 @@ class RRHFTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self.engine.same_chunks_everywhere = sharded
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers, and what accelerate does to FSDP that a ranking loss must not have done to it."""
+        state = PartialState._shared_state
+        if state.get("distributed_type") == DistributedType.MULTI_CPU and strtobool(
+            os.environ.get("ACCELERATE_USE_FSDP", "false")
+        ):
+            # accelerate reads FSDP's settings only where it has found GPUs, and otherwise trains with DDP without a
+            # word. torch shards on CPUs as well; this type is replaced by FSDP's before anything else reads it.
+            state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # It would cast what leaves the model, the summed log-probs, to 8 bits: -73.307 would become -73.5.
+            # Layers compute in `param_dtype` and so return it without being told to.
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
 
     # ---- Loss ----
 
