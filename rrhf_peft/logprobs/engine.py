@@ -11,6 +11,7 @@ backward pass, so peak memory is that of one chunk however many responses there 
 from __future__ import annotations
 
 import functools
+import logging
 import types
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rrhf_peft.logprobs.head import Head, scores_only, token_log_probs
-from rrhf_peft.logprobs.layout import Rows, plan_chunks
-from rrhf_peft.logprobs.mask import shared_layout_obstacle, shared_mask
-from rrhf_peft.records import ResponseLogProbs
+from rrhf_peft.logprobs.head import Head, count_slices, scores_only, token_log_probs
+from rrhf_peft.logprobs.layout import Rows, plan_chunks, shared_layout_obstacle, shared_mask
+from rrhf_peft.records import ResponseLogProbs, UserError
+
+logger = logging.getLogger(__name__)
 
 #: The part of a GroupBatch that the model sees; scores and sources stay outside.
 MODEL_KEYS = ("input_ids", "prompt_lengths", "response_lengths", "group")
@@ -36,17 +38,18 @@ _CHUNK_BYTES = 4 * 2**30
 
 @dataclass
 class LogProbEngine:
-    """How the log-probs of one model are computed; `verify.prove` may change the layout, nothing else does.
+    """How the log-probs of one model are computed; `self_check.prove` may change the layout, nothing else does.
 
     Attributes:
         layout: shared (each prompt once) or plain (one row per response).
         chunk_tokens: padded tokens per chunk.
         own_logits: take logits from the model's own forward instead of the chunked head: for models
             whose logits are not what `Head` knows.
-        compute_dtype: type the last forward computed in, autocast included.
-        same_chunks_everywhere: every process runs as many chunks as the one that has most. Sharded
-            parameters (FSDP, ZeRO-3) need it: each chunk gathers weights from all processes.
+        compute_dtype: the coarsest type the last forward computed in, autocast and sharding wrappers included.
+        same_chunks_everywhere: every process runs as many chunks, and slices of the head, as the one that has
+            most. Sharded parameters (FSDP, ZeRO-3) need it: each of them gathers weights from all processes.
         tokens: what the layouts saw and saved since the engine was installed.
+        told: whether the user knows what several chunks cost under sharding.
     """
 
     layout: Literal["shared", "plain"]
@@ -55,6 +58,7 @@ class LogProbEngine:
     compute_dtype: torch.dtype = torch.float32
     same_chunks_everywhere: bool = False
     tokens: TokenCount = field(default_factory=lambda: TokenCount())
+    told: bool = field(default=False, repr=False)
 
     def log_probs(self, model: nn.Module, batch: Mapping[str, Any]) -> ResponseLogProbs:
         """Log-probs of every response of a batch, through whatever wraps the model.
@@ -63,7 +67,13 @@ class LogProbEngine:
             model: the model this engine is installed on, wrapped or not.
             batch: a `GroupBatch` on the model's device.
         """
-        return model(**{name: batch[name] for name in MODEL_KEYS})
+        log_probs: ResponseLogProbs = model(**{name: batch[name] for name in MODEL_KEYS})
+        # Sums of a hundred nats have steps of half a nat in bfloat16, larger than what objectives compare.
+        assert log_probs.sum.dtype == torch.float32, (
+            f"what wraps the model casts the log-probs to {log_probs.sum.dtype}. Give fully_shard a "
+            "MixedPrecisionPolicy without output_dtype"
+        )
+        return log_probs
 
 
 @dataclass
@@ -104,12 +114,20 @@ def install(
         layout: auto takes the shared layout unless the model's config already rules it out.
         chunk_tokens: padded tokens per chunk; auto from the model's size.
         same_chunks_everywhere: see `LogProbEngine`.
+
+    Raises:
+        UserError: the shared layout is asked for and the model's config rules it out.
     """
     inner: Any = causal_lm_of(model)
     uninstall(model)
     obstacle = shared_layout_obstacle(inner.config.get_text_config())
+    if layout == "shared" and obstacle:
+        raise UserError(
+            f"engine.layout: this model ({inner.config.model_type}) cannot share a prompt's computation among its "
+            f"responses: {obstacle}. Use auto, which computes one row per response for it."
+        )
     engine = LogProbEngine(
-        layout="plain" if layout == "plain" or (layout == "auto" and obstacle) else "shared",
+        layout="plain" if layout == "plain" or obstacle else "shared",
         chunk_tokens=default_chunk_tokens(inner) if chunk_tokens == "auto" else chunk_tokens,
         same_chunks_everywhere=same_chunks_everywhere,
     )
@@ -167,10 +185,11 @@ def _batch_log_probs(
     chunks = plan_chunks(prompts, responses, owners, layout=engine.layout, chunk_tokens=engine.chunk_tokens)
     _count_tokens(engine.tokens, chunks, prompts, responses, owners)
 
-    padding = _missing_chunks(engine, len(chunks), input_ids.device)
+    count, slices = _as_everywhere(model, engine, chunks, input_ids.device)
+    _warn_of_gathered_weights(engine, count, chunks)
     sums = [
-        _chunk_sums(model, engine, original, input_ids, rows, recompute=number < len(chunks) + padding - 1)
-        for number, rows in enumerate(chunks + [chunks[-1]] * padding)
+        _chunk_sums(model, engine, original, input_ids, rows, slices, recompute=number < count - 1)
+        for number, rows in enumerate(chunks + [chunks[-1]] * (count - len(chunks)))
     ]
     order = torch.cat([rows.response for rows in chunks]).argsort().to(input_ids.device)
     ordered = torch.cat(sums[: len(chunks)])[order]
@@ -185,12 +204,18 @@ def _batch_log_probs(
 
 
 def _chunk_sums(
-    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, rows: Rows, recompute: bool
+    model: Any,
+    engine: LogProbEngine,
+    original: Any,
+    input_ids: torch.Tensor,
+    rows: Rows,
+    slices: int,
+    recompute: bool,
 ) -> torch.Tensor:
     """Sum of log-probs per response of one chunk, float32 [m]; recomputed in backward when asked."""
     rows = rows.to(input_ids.device)
     if not (recompute and torch.is_grad_enabled()):
-        return _forward_rows(model, engine, original, input_ids, rows)
+        return _forward_rows(model, engine, original, input_ids, rows, slices)
     sums: torch.Tensor = checkpoint(
         _forward_rows,
         model,
@@ -198,6 +223,7 @@ def _chunk_sums(
         original,
         input_ids,
         rows,
+        slices,
         use_reentrant=False,
         context_fn=lambda: (scores_only(), nullcontext()),
     )
@@ -205,23 +231,25 @@ def _chunk_sums(
 
 
 def _forward_rows(
-    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, rows: Rows
+    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, rows: Rows, slices: int
 ) -> torch.Tensor:
     arguments: dict[str, Any] = {"input_ids": input_ids[rows.token], "use_cache": False}
-    engine.compute_dtype = _compute_dtype(model, input_ids.device)
+    dtype = _compute_dtype(model, input_ids.device)
     if engine.layout == "shared":
         config = model.config.get_text_config()
         arguments["position_ids"] = rows.position
-        arguments["attention_mask"] = shared_mask(rows, config, engine.compute_dtype)
+        arguments["attention_mask"] = shared_mask(rows, config, dtype)
     elif bool((rows.piece < 0).any()):  # rows are padded on the right
         arguments["attention_mask"] = (rows.piece >= 0).long()
     targets = input_ids[rows.target]
     if engine.own_logits:
-        logits = original(**arguments).logits.flatten(0, 1)[rows.predictor].float()
-        values = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        computed = original(**arguments).logits.flatten(0, 1)[rows.predictor]
+        values = torch.log_softmax(computed.float(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     else:
-        hidden = model.base_model(**arguments)[0].flatten(0, 1)[rows.predictor]
-        values = token_log_probs(hidden, targets, Head.of(model))
+        computed = model.base_model(**arguments)[0].flatten(0, 1)[rows.predictor]
+        values = token_log_probs(computed, targets, Head.of(model), slices)
+    # FSDP2 computes in its own type, of which the sharded weights and autocast need not know.
+    engine.compute_dtype = max(dtype, computed.dtype, key=lambda kind: torch.finfo(kind).eps)
     return torch.segment_reduce(values, "sum", lengths=rows.length, unsafe=True)
 
 
@@ -229,12 +257,33 @@ def _compute_dtype(model: Any, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
 
 
-def _missing_chunks(engine: LogProbEngine, count: int, device: torch.device) -> int:
+def _as_everywhere(model: Any, engine: LogProbEngine, chunks: list[Rows], device: torch.device) -> tuple[int, int]:
+    """Chunks of this batch and slices of each chunk's head, the same on all processes where that is needed."""
     if not engine.same_chunks_everywhere or not (dist.is_available() and dist.is_initialized()):
-        return 0
-    most = torch.tensor(count, device=device)
+        return len(chunks), 1
+    slices = max(count_slices(len(rows.target), device, model.get_output_embeddings()) for rows in chunks)
+    most = torch.tensor([len(chunks), slices], device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most) - count
+    count, slices = most.tolist()
+    return count, slices
+
+
+def _warn_of_gathered_weights(engine: LogProbEngine, count: int, chunks: list[Rows]) -> None:
+    """Once: a chunk that is recomputed in the backward pass gathers sharded layers and leaves them gathered."""
+    if count == 1 or engine.told or not (engine.same_chunks_everywhere and torch.is_grad_enabled()):
+        return
+    engine.told = True
+    if dist.get_rank() == 0:
+        logger.warning(
+            "engine.chunk_tokens: this step's micro-batch runs in %d chunks of %d tokens, and with sharded weights "
+            "(FSDP, ZeRO-3) every layer's whole weights then stay in memory during the backward pass. The gradients "
+            "are right; only the memory that sharding saves is lost. A micro-batch in one chunk avoids it: lower "
+            "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps), or raise "
+            "engine.chunk_tokens to %d or more.",
+            count,
+            engine.chunk_tokens,
+            max(count * engine.chunk_tokens, sum(rows.token.numel() for rows in chunks)),
+        )
 
 
 def _count_tokens(

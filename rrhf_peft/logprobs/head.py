@@ -76,13 +76,15 @@ class Head:
         return logits
 
 
-def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor, head: Head, at_least: int = 1) -> torch.Tensor:
     """log P(target) for every hidden state.
 
     Args:
         hidden: [n, H], any float type.
         targets: int64 [n].
         head: the head.
+        at_least: how often to call a head whose weights are sharded, where other processes have more tokens: every
+            call gathers the weights from all of them, in the forward and in the backward pass.
 
     Returns:
         float32 [n].
@@ -92,13 +94,23 @@ def token_log_probs(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> 
         if plain is not None and not plain[0].requires_grad and (plain[1] is None or not plain[1].requires_grad):
             weight, bias = plain
             return _FrozenHead.apply(hidden, weight, bias, targets, head)
-        slices = []
-        for part, wanted in _slices(hidden, targets, _vocabulary(head.module)):
+        parts = list(_slices(hidden, targets, _vocabulary(head.module)))
+        surplus = 0 if plain is not None else max(0, at_least - len(parts))
+        values = []
+        for part, wanted in parts + [(hidden[:1], targets[:1])] * surplus:
             if torch.is_grad_enabled():
-                slices.append(checkpoint(_slice_log_probs, part, wanted, head, use_reentrant=False))
+                values.append(checkpoint(_slice_log_probs, part, wanted, head, use_reentrant=False))
             else:
-                slices.append(_slice_log_probs(part, wanted, head))
-        return torch.cat(slices)
+                values.append(_slice_log_probs(part, wanted, head))
+        got = torch.cat(values[: len(parts)])
+        for extra in values[len(parts) :]:  # in the graph, for the backward pass to go through them as well
+            got = got + 0.0 * extra
+        return got
+
+
+def count_slices(tokens: int, device: torch.device, module: nn.Module) -> int:
+    """In how many slices this many tokens pass the head."""
+    return -(-tokens // _slice_size(device, _vocabulary(module)))
 
 
 def _slice_log_probs(hidden: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
@@ -204,6 +216,9 @@ def _vocabulary(module: nn.Module) -> int:
 def _slices(
     hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    elements = _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS_GPU)
-    size = max(1, elements // vocabulary)
+    size = _slice_size(hidden.device, vocabulary)
     return zip(hidden.split(size), targets.split(size), strict=True)
+
+
+def _slice_size(device: torch.device, vocabulary: int) -> int:
+    return max(1, _SLICE_ELEMENTS.get(device.type, _SLICE_ELEMENTS_GPU) // vocabulary)

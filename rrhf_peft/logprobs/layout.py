@@ -1,20 +1,32 @@
-"""Where every token of a batch goes: chunks of rows that share each prompt, or one row per response.
+"""Where every token of a batch goes, chunks of rows that share each prompt or one row per response, and who sees whom.
 
 A *piece* is a prompt with one or more of its responses, ``[P | R1 | R2 ...]``; every response's
 positions restart at |P|. The shared layout makes pieces as large as the chunk allows; the plain
-layout makes one piece per response and one row per piece, which is the usual padded batch.
+layout makes one piece per response and one row per piece, which is the usual padded batch. All of that
+is integer arithmetic on lengths, on the host.
 
-Only integer arithmetic on lengths, on the host.
+In a shared row a token sees its own piece's prompt and its own response's past. The rule is written
+once, as a predicate on (query, key); dense masks and FlexAttention block masks both come from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
+
+#: Attention implementations that take an explicit mask; flash attention does not.
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
+
+#: Layer types a shared-prompt mask can express.
+MASKED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+#: Entries of a config that name a window the mask knows, or only say where it holds.
+_KNOWN_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")
 
 
 @dataclass(frozen=True)
@@ -170,3 +182,83 @@ def _lay_out(rows: list[list[_Piece]]) -> Rows:
         response=torch.tensor(responses),
         length=torch.tensor(lengths),
     )
+
+
+def shared_layout_obstacle(config: PreTrainedConfig) -> str | None:
+    """Why this model cannot take the shared layout as far as its config tells, or None."""
+    implementation = config._attn_implementation
+    if implementation not in MASKED_ATTENTION:
+        return f"attention implementation {implementation} takes no explicit mask"
+    foreign = set(getattr(config, "layer_types", None) or ()) - set(MASKED_LAYERS)
+    if foreign:
+        return f"its {', '.join(sorted(foreign))} layers carry state along the row"
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return "its position biases (ALiBi) follow the position in the row"
+    if (window := _unknown_window(config)) is not None:
+        return (
+            f"its {window} counts positions in the row, where other responses stand between a response and its prompt"
+        )
+    return None
+
+
+def _unknown_window(config: PreTrainedConfig) -> str | None:
+    """The entry by which a model limits attention in a way `shared_mask` does not know, such as GPT-Neo's, or None."""
+    kinds = getattr(config, "attention_layers", None)  # GPT-Neo: one of global and local for every layer
+    if isinstance(kinds, list | tuple):
+        return f"window_size {getattr(config, 'window_size', '')} of local attention" if "local" in kinds else None
+    for name, value in config.to_dict().items():
+        limits = "window" in name or name in ("local_attention", "attention_dilations", "local_block_size")
+        if limits and name.lstrip("_") not in _KNOWN_WINDOWS and value and not isinstance(value, dict):
+            return f"{name} {value}"
+    return None
+
+
+def shared_mask(rows: Rows, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The attention mask for the model's backbone: a mask, or one per layer type where layers differ.
+
+    Args:
+        rows: one chunk, on the model's device.
+        config: the text model's config; names the attention implementation and the layers' windows.
+        dtype: of the hidden states; eager attention adds the mask to its scores.
+    """
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if not layer_types:  # one kind of layer, windowed or not (Mistral)
+        return _mask(rows, config, dtype, window=window)
+    masks = {
+        "full_attention": lambda: _mask(rows, config, dtype),
+        "sliding_attention": lambda: _mask(rows, config, dtype, window=window),
+        "chunked_attention": lambda: _mask(rows, config, dtype, chunk=chunk),
+    }
+    if layer_types == {"full_attention"}:
+        return masks["full_attention"]()
+    return {name: masks[name]() for name in layer_types}
+
+
+def _mask(
+    rows: Rows, config: PreTrainedConfig, dtype: torch.dtype, window: int | None = None, chunk: int | None = None
+) -> Any:
+    count, width = rows.token.shape
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        past = rows.position[b, k] <= rows.position[b, q]
+        same_branch = (rows.branch[b, k] == 0) | (rows.branch[b, k] == rows.branch[b, q])
+        allowed = (rows.piece[b, q] == rows.piece[b, k]) & same_branch & past
+        if window is not None:
+            allowed = allowed & (rows.position[b, k] > rows.position[b, q] - window)
+        if chunk is not None:
+            allowed = allowed & (rows.position[b, k] // chunk == rows.position[b, q] // chunk)
+        return allowed
+
+    if config._attn_implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, count, None, width, width, device=str(rows.token.device))
+    device = rows.token.device
+    b = torch.arange(count, device=device).view(-1, 1, 1)
+    column = torch.arange(width, device=device)
+    allowed = sees(b, b, column.view(1, -1, 1), column.view(1, 1, -1)).unsqueeze(1)  # [R, 1, L, L]
+    if config._attn_implementation == "eager":  # adds its mask, so a boolean one would be silently wrong
+        return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)
+    return allowed

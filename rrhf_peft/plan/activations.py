@@ -19,8 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from rrhf_peft.logprobs.engine import causal_lm_of
-from rrhf_peft.logprobs.layout import Rows
-from rrhf_peft.logprobs.mask import shared_mask
+from rrhf_peft.logprobs.layout import Rows, shared_mask
 
 #: The stand-in's name among transformers' attention implementations.
 _ATTENTION = "rrhf_peft_attention_without_data"

@@ -96,7 +96,8 @@ def test_it_takes_a_step_with_a_tiny_model(recipe_path: Path, tmp_path: Path, ti
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the launch config is for machines without one")
-def test_two_processes_on_a_cpu_are_one_run(tmp_path: Path, tiny_model_folder: Path) -> None:
+@pytest.mark.parametrize("name", ["cpu_2_processes", pytest.param("cpu_fsdp", marks=pytest.mark.slow)])
+def test_two_processes_on_a_cpu_are_one_run(name: str, tmp_path: Path, tiny_model_folder: Path) -> None:
     ranked = tmp_path / "ranked.jsonl"
     groups = [
         {"prompt": f"Question {i}?", "responses": ["Yes.", "No, not at all."], "scores": [1, 0]} for i in range(8)
@@ -108,7 +109,7 @@ def test_two_processes_on_a_cpu_are_one_run(tmp_path: Path, tiny_model_folder: P
         "training": {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2, "num_train_epochs": 1},
     }
     (tmp_path / "recipe.yaml").write_text(recipe_text(make_recipe(values)), encoding="utf-8")
-    config = ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"
+    config = ROOT / "recipes" / "accelerate" / f"{name}.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rrhf_peft.logprobs import install, prove
 from rrhf_peft.logprobs.engine import causal_lm_of
+from rrhf_peft.records import UserError
 
 VOCABULARY = 97
 SHAPE = {
@@ -98,6 +99,77 @@ def test_models_that_cannot_share_fall_back_and_stay_exact(kind, changes):
     assert torch.allclose(engine.log_probs(model, batch).sum.double(), expected, atol=1e-3)
 
 
+NEO = {
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 16,
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by-its-config", "by-the-self-check"])
+def test_a_window_the_mask_does_not_know_is_never_shared(known, monkeypatch):
+    """GPT-Neo's local layers look 16 columns back, and the first two groups are too short for that to matter."""
+    if not known:
+        monkeypatch.setattr("rrhf_peft.logprobs.engine.shared_layout_obstacle", lambda config: None)
+    model = tiny("gpt_neo", **NEO)
+    groups = random_groups(6, [2, 2], VOCABULARY, longest_prompt=3, longest_response=2)
+    groups += random_groups(7, [6, 5], VOCABULARY, longest_prompt=20, longest_response=12)
+    batch = as_batch(groups)
+    engine = install(model)
+    assert engine.layout == ("plain" if known else "shared")
+    proof = prove(model, engine, batch)
+    assert proof.layout == "plain"
+    assert bool(proof.rejected) != known
+    expected = response_sums(float64_copy(model), groups)
+    assert torch.allclose(engine.log_probs(model, batch).sum.double(), expected, atol=2e-4, rtol=1e-5)
+    if known:
+        with pytest.raises(UserError, match=r"engine\.layout: .*window_size 16"):
+            install(model, layout="shared")
+
+
+def test_layers_that_see_everything_share_although_a_window_is_named():
+    model = tiny("gpt_neo", **{**NEO, "attention_types": [[["global"], 2]]})
+    groups = random_groups(7, [6, 5], VOCABULARY)
+    engine = install(model)
+    assert prove(model, engine, as_batch(groups)).layout == "shared"
+    expected = response_sums(float64_copy(model), groups)
+    assert torch.allclose(engine.log_probs(model, as_batch(groups)).sum.double(), expected, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [150, 70])
+def test_out_of_memory_is_no_refusal(limit):
+    """A forward pass of more tokens than the memory holds: fewer are compared, and the layout stays."""
+    model = tiny("llama", **GQA)
+    groups = random_groups(6, [9, 8, 7], VOCABULARY)
+    whole, shared = model.model.forward, []
+
+    def limited(input_ids, **kwargs):
+        if input_ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if kwargs.get("position_ids") is not None:
+            shared.append(int(kwargs["position_ids"].diff().lt(0).sum()) + len(input_ids))  # responses in these rows
+        return whole(input_ids=input_ids, **kwargs)
+
+    model.model.forward = limited
+    engine = install(model)
+    proof = prove(model, engine, as_batch(groups))
+    assert (proof.layout, proof.own_logits, proof.rejected) == ("shared", False, ())
+    assert proof.difference < 1e-5
+    assert max(shared) >= 2
+
+
+def test_a_memory_for_nothing_is_an_error():
+    model = tiny("llama", **GQA)
+
+    def none(**kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.model.forward = none
+    with pytest.raises(UserError, match=r"memory does not hold two responses.*max_tokens"):
+        prove(model, install(model), as_batch(random_groups(6, [3, 2], VOCABULARY)))
+
+
 def test_the_self_check_catches_a_mask_that_is_ignored():
     model = tiny("llama", **GQA)
     inner = causal_lm_of(model)
@@ -140,8 +212,7 @@ def test_the_self_check_leaves_the_training_mode_alone():
 
 
 def test_flex_attention_gets_the_same_mask_as_sdpa():
-    from rrhf_peft.logprobs.layout import plan_chunks
-    from rrhf_peft.logprobs.mask import shared_mask
+    from rrhf_peft.logprobs.layout import plan_chunks, shared_mask
 
     config = AutoConfig.for_model("llama", **SHAPE, **GQA)
     (rows,) = plan_chunks([5, 3], [4, 2, 6, 1], [0, 0, 1, 1], layout="shared", chunk_tokens=1000)
