@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rrhf_peft.modeling import AdapterFiles
+from rrhf_peft.recipe import takes_from_base
 from rrhf_peft.records import UserError
 
 ADAPTER = "default"
@@ -57,9 +58,7 @@ class AdapterEdits:
     @property
     def changes_base(self) -> bool:
         """Whether the adapter's initialisation took a part out of the base weights (PiSSA, OLoRA, LoftQ)."""
-        return isinstance(self._config.init_lora_weights, str) and self._config.init_lora_weights.lower().startswith(
-            ("pissa", "olora", "loftq")
-        )
+        return takes_from_base(self._config.init_lora_weights)
 
     def needs_bias(self, parameter: str) -> str | None:
         """The bias that must be known to merge this weight, or the weight for a bias; None when alone."""

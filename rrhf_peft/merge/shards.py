@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from rrhf_peft.modeling.checkpoint_files import INDEX_FILE, SINGLE_FILE
+from rrhf_peft.modeling.sources import INDEX_FILE, SINGLE_FILE
 from rrhf_peft.records import UserError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -1,26 +1,42 @@
-"""Base models and adapters: names in, a model that can be trained out.
+"""Base models and adapters: a recipe's `model:` section in, a model that can be trained or asked out.
 
-name --load_base_model--> causal LM --attach_adapter--> policy --prepare_for_training--> trainable policy
+`model:` --tokenizer_of, base_of--> tokenizer, causal LM --attach_adapter--> policy --prepare_for_training--> trained
+`model:` --load_policy--> frozen policy with its adapter, tokenizer
 """
 
-from rrhf_peft.modeling.adapter import attach_adapter, attach_adapter_files, lora_config
-from rrhf_peft.modeling.adapter_files import AdapterFiles, load_adapter_weights, read_adapter
+from rrhf_peft.modeling.adapter import (
+    AdapterFiles,
+    attach_adapter,
+    attach_adapter_files,
+    load_adapter_weights,
+    lora_config,
+    read_adapter,
+)
 from rrhf_peft.modeling.base_model import default_device, load_base_model, load_config, resolve_dtype
-from rrhf_peft.modeling.checkpoint_files import checkpoint_tensors
-from rrhf_peft.modeling.preparation import causal_lm, check_gradients, prepare_for_training
+from rrhf_peft.modeling.policy import (
+    base_of,
+    causal_lm,
+    check_gradients,
+    load_policy,
+    prepare_for_training,
+    refuse_beyond_context,
+    tokenizer_of,
+    uses_checkpointing,
+)
 from rrhf_peft.modeling.quantization import (
     compute_in_float32,
     dequantized_weight,
     quantization_config,
     quantized_modules,
 )
-from rrhf_peft.modeling.sources import resolve_source
-from rrhf_peft.modeling.tokenizer import load_tokenizer
+from rrhf_peft.modeling.sources import checkpoint_tensors, resolve_source
+from rrhf_peft.modeling.tokenizer import load_tokenizer, refuse_unknown_tokens
 
 __all__ = [
     "AdapterFiles",
     "attach_adapter",
     "attach_adapter_files",
+    "base_of",
     "causal_lm",
     "check_gradients",
     "checkpoint_tensors",
@@ -30,12 +46,17 @@ __all__ = [
     "load_adapter_weights",
     "load_base_model",
     "load_config",
+    "load_policy",
     "load_tokenizer",
     "lora_config",
     "prepare_for_training",
     "quantization_config",
     "quantized_modules",
     "read_adapter",
+    "refuse_beyond_context",
+    "refuse_unknown_tokens",
     "resolve_dtype",
     "resolve_source",
+    "tokenizer_of",
+    "uses_checkpointing",
 ]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from rrhf_peft.modeling.checkpoint_files import checkpoint_tensors
 from rrhf_peft.modeling.quantization import QUANTIZATIONS, keep_quantized_layout, quantization_config
-from rrhf_peft.modeling.sources import resolve_source
+from rrhf_peft.modeling.sources import checkpoint_tensors, resolve_source
 from rrhf_peft.records import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +64,7 @@ def load_base_model(
     double_quant: bool = True,
     attention: str = "sdpa",
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     device: str | int | torch.device | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with all of its weights, on one device, in evaluation mode.
@@ -75,27 +77,30 @@ def load_base_model(
         double_quant: Quantise the 4-bit blocks' scales as well.
         attention: transformers' name of an attention implementation.
         trust_remote_code: Run model code that comes with the weights.
+        allow_pickle: Read pytorch_model.bin where there are no safetensors.
         device: Where to put the weights; by default `default_device()`. Under FSDP and ZeRO-3 the
             launcher places unquantised weights and this is ignored.
 
     Raises:
-        UserError: no such model, damaged or incomplete weights, another kind of model, or a setting
-            that this machine cannot honour.
+        UserError: no such model, weights that are damaged, incomplete, pickled or not finite, another kind of
+            model, or a setting that this machine cannot honour.
     """
     target = _one_device(device)
     if quantization not in QUANTIZATIONS:
         raise UserError(f"model.quantization: {quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
     weight_dtype = resolve_dtype(dtype, target)
-    source = resolve_source(name, revision=revision)
-    config = load_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    if Path(source).is_dir() and (any(Path(source).glob("*.safetensors*")) or not any(Path(source).glob("*.bin"))):
+    patterns = ["model*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
+    source = resolve_source(name, revision=revision, weights=patterns)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    pickled = allow_pickle and not any(Path(source).glob("*.safetensors*")) and any(Path(source).glob("*.bin"))
+    if not pickled:
         checkpoint_tensors(Path(source))
     placed_by_launcher = is_deepspeed_zero3_enabled() or (is_fsdp_enabled() and quantization == "none")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
-            revision=revision,
+            use_safetensors=not pickled,
             dtype=weight_dtype,
             quantization_config=quantization_config(
                 quantization,
@@ -113,11 +118,14 @@ def load_base_model(
             f"{source}: does not fit into the memory of {target} as {quantization} {weight_dtype}. Set "
             "model.quantization: nf4, train a smaller model, or shard it over several GPUs."
         ) from None
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _loading_error(source, attention, error) from None
+    except Exception as error:  # a configuration that does not fit together fails in every way there is
+        raise _loading_error(source, attention, error) from error
     model, report = loaded
     _refuse_incomplete(source, report)
+    _refuse_not_finite(source, model)
     keep_quantized_layout(model)
+    if source != os.fspath(name) and not Path(name).expanduser().is_dir():  # the hub's name, not that of its cache
+        model.name_or_path = model.config.name_or_path = os.fspath(name)
     return model
 
 
@@ -129,13 +137,15 @@ def load_config(source: str, *, revision: str | None = None, trust_remote_code: 
     """
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # its fields are checked by many hands
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{source}: this model needs Python code from its own repository. Read that code, then set "
-                "model.trust_remote_code: true if you trust it."
+                "model.trust_remote_code: true (merge: --trust-remote-code) if you trust it."
             ) from None
-        raise UserError(f"{source}: its config.json cannot be used ({_first_line(error)}).") from None
+        raise UserError(
+            f"{source}: its config.json cannot be used ({_first_line(error)}). Download it again, or name another."
+        ) from error
     architectures = list(getattr(config, "architectures", None) or [])
     other = [architecture for architecture in architectures if architecture.endswith(_OTHER_HEADS)]
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
@@ -180,7 +190,10 @@ def _loading_error(source: str, attention: str, error: Exception) -> UserError:
     if any(word in text.lower() for word in ("flash", "attn_implementation", "attention implementation", "sdpa")):
         reason = _first_line(error).split(". ")[0]
         return UserError(f"model.attention: {attention} cannot be used with {source} here ({reason}). Try eager.")
-    return UserError(f"{source}: cannot be loaded as a causal language model ({_first_line(error)}).")
+    return UserError(
+        f"{source}: cannot be loaded as a causal language model ({_first_line(error)}). Its config.json and weights "
+        "may not belong together: download both again."
+    )
 
 
 def _refuse_incomplete(source: str, report: dict[str, set[str]]) -> None:
@@ -192,6 +205,43 @@ def _refuse_incomplete(source: str, report: dict[str, set[str]]) -> None:
             f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. It is incomplete or of another "
             "architecture than its config.json says."
         )
+
+
+def _refuse_not_finite(source: str, model: PreTrainedModel) -> None:
+    """Weights of NaN or infinity sample nothing and train nothing, without an error anywhere."""
+    names: list[str] = []
+    extremes: list[torch.Tensor] = []
+    for name, tensor in _values(model):
+        if tensor.is_floating_point() and tensor.numel() and tensor.device.type != "meta":
+            names.append(name)
+            extremes += [extreme.float().cpu() for extreme in torch.aminmax(tensor)]
+    finite = torch.isfinite(torch.stack(extremes)).view(-1, 2).all(1).tolist() if extremes else []
+    broken = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    if broken:
+        raise UserError(
+            f"{source}: '{broken[0]}' (one of {len(broken)}) holds values that are not finite (NaN, infinity), so that "
+            "the model computes nothing. Download it again, or load it in another model.dtype."
+        )
+
+
+def _values(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight; of quantised ones the scales, which are NaN where a weight was."""
+    held: set[int] = set()
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(module, bnb.nn.Linear4bit):
+            held.add(id(weight))
+            state = weight.quant_state
+            if state is not None:
+                yield name, state.absmax
+                if state.nested:
+                    yield name, state.state2.absmax
+                    yield name, state.offset
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            held.add(id(weight))
+            if weight.SCB is not None:
+                yield name, weight.SCB
+    yield from ((name, weight.detach()) for name, weight in model.named_parameters() if id(weight) not in held)
 
 
 def _first_line(error: Exception) -> str:

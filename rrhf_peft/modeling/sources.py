@@ -1,22 +1,35 @@
-"""Where a model comes from: a local folder or a hub id, checked before anything is loaded."""
+"""Where a model's files are: a local folder, or the hub's as this machine holds them; and whether they are whole."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from rrhf_peft.records import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+#: Everything small that comes with a model.
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.py", "*.jinja", "*.tiktoken")
+
+#: The hub is asked once, and answers within this many seconds or counts as out of reach.
+SECONDS_FOR_THE_HUB = 10.0
 
 
 def resolve_source(
@@ -25,34 +38,48 @@ def resolve_source(
     revision: str | None = None,
     required: Sequence[str] = ("config.json",),
     what: str = "model",
+    weights: Sequence[str] | None = None,
 ) -> str:
-    """Check that `name` is a folder that holds a `required` file, or a hub id that is cached or can be reached.
+    """The folder of a model, adapter or tokenizer on this machine; a hub id's files are downloaded where missing.
 
-    A hub id is asked for once and without retries, so that a misspelt name or a machine without
-    network is told at once.
+    The hub is asked once and without retries, so that a misspelt name or a machine without network is told at
+    once. Where it does not answer, what its cache holds is used.
 
     Args:
         name: Local folder or hub id.
         revision: Branch, tag or commit of a hub id.
         required: Files of which every such source has at least one.
         what: How error messages call it.
-
-    Returns:
-        The folder as text, or the hub id, unchanged.
+        weights: Patterns of the weight files that are wanted as well; None for small files only.
 
     Raises:
         UserError: nothing of that name; names near folders or the hub's reason.
     """
     text = os.fspath(name)
+    if not text.strip():
+        raise UserError(f"the name of a {what} is empty. Give its folder or hub id.")
     path = Path(text).expanduser()
-    if path.is_dir():
-        return _checked_folder(path, required, what)
-    if path.is_file():
-        raise UserError(f"{text}: a {what} is a folder in Hugging Face format, and this is a file. Give its folder.")
-    if _looks_like_a_path(text):
-        raise UserError(f"{text}: there is no such {what} folder{_near_folders(path)}. Check the path.")
-    _check_hub(text, revision, required, what)
-    return text
+    with _readable(text, what):
+        if path.is_dir():
+            return _checked_folder(path, required, what)
+        if path.exists():
+            raise UserError(
+                f"{text}: a {what} is a folder in Hugging Face format, and this is a file. Give its folder."
+            )
+        if _looks_like_a_path(text):
+            raise UserError(f"{text}: there is no such {what} folder{_near_folders(path)}. Check the path.")
+        return str(_hub_folder(text, revision, required, what, weights))
+
+
+@contextmanager
+def _readable(text: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # no permission, a name too long, a null byte
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{text[:200]!r}: this {what} cannot be read ({reason}). Check the path.") from error
 
 
 def _checked_folder(path: Path, required: Sequence[str], what: str) -> str:
@@ -88,18 +115,30 @@ def _near_folders(path: Path) -> str:
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
-def _check_hub(name: str, revision: str | None, required: Sequence[str], what: str) -> None:
+def _hub_folder(
+    name: str, revision: str | None, required: Sequence[str], what: str, weights: Sequence[str] | None
+) -> Path:
+    """A hub id's snapshot in the local cache, completed from the hub where that answers."""
     where = f"{name}@{revision}" if revision else name
     near = _near_folders(Path(name)) if "/" not in name else ""
     try:
-        if any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in required):
-            return
+        cached = _cached(name, revision, required)
         if constants.is_offline_mode():
+            if cached is not None:
+                return cached
             raise UserError(
                 f"{where}: there is no such folder{near} here, the hub cache does not hold it, and HF_HUB_OFFLINE is "
                 f"set. Give the {what}'s local folder, or unset HF_HUB_OFFLINE to download it."
             )
-        HfApi().model_info(name, revision=revision, timeout=10)
+        try:
+            HfApi().model_info(name, revision=revision, timeout=SECONDS_FOR_THE_HUB)
+        except (OSError, HTTPError) as error:
+            if cached is not None and not isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+                return cached
+            raise
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES]))
+        if weights is not None:
+            snapshot_download(name, revision=revision, allow_patterns=_weight_files(folder, weights))
     except HFValidationError:
         raise UserError(f"{name}: this is neither a folder{near} nor a possible hub id. Check the name.") from None
     except GatedRepoError:
@@ -119,3 +158,75 @@ def _check_hub(name: str, revision: str | None, required: Sequence[str], what: s
             f"{where}: there is no such folder{near} here, the hub cache does not hold it, and the hub cannot be "
             f"reached ({reason}). Check the name and the network, or give the {what}'s local folder."
         ) from None
+    return Path(_checked_folder(folder, required, what))
+
+
+def _cached(name: str, revision: str | None, required: Sequence[str]) -> Path | None:
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if _holds(folder, required) else None
+
+
+def _weight_files(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The files that the index names; a repository may hold the same weights a second time in another form."""
+    try:
+        return sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return list(patterns)
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Path]:
+    """Map each tensor name of a checkpoint to its file, files in the order of the index.
+
+    Raises:
+        UserError: no safetensors weights, or a file is missing, truncated or not safetensors; names the file.
+    """
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file():
+        return dict.fromkeys(tensor_names(folder / SINGLE_FILE), folder / SINGLE_FILE)
+    if not index.is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        if pickled:
+            raise UserError(
+                f"{folder}: the weights are pickled ({pickled[0]}), which can hide code; only safetensors are opened. "
+                "Convert them: load the model with transformers and call save_pretrained on a new folder. If you trust "
+                "where they come from, all but merge read them as they are with model.allow_pickle: true."
+            )
+        raise UserError(f"{folder}: there are no weights here, neither {SINGLE_FILE} nor {INDEX_FILE}. Download them.")
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        assert all(isinstance(file, str) for file in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        raise UserError(f"{index}: not a readable index of weight files. Download it again.") from None
+    names = {file: set(tensor_names(folder / file)) for file in dict.fromkeys(weight_map.values())}
+    for tensor, file in weight_map.items():
+        if tensor not in names[file]:
+            raise UserError(f"{folder / file}: the index promises '{tensor}' in this file. Download the weights again.")
+    return {tensor: folder / file for tensor, file in weight_map.items()}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in one safetensors file. Opening it checks that its header and its length agree.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, or something else than safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError:
+        raise UserError(f"{path}: this weight file is missing. Download it again.") from None
+    except (SafetensorError, OSError) as error:
+        if not path.is_file():
+            raise UserError(f"{path}: this is no file, where a weight file should be. Download it again.") from None
+        with path.open("rb") as raw:
+            start = raw.read(40)
+        if not start:
+            problem = "it is empty"
+        elif start.startswith(b"version https://git-lfs"):
+            problem = "it is a git-lfs pointer, not the weights; run `git lfs pull`"
+        else:
+            problem = f"it is truncated or not safetensors: {error}"
+        raise UserError(f"{path}: this weight file cannot be read ({problem}). Download or save it again.") from None

@@ -29,7 +29,7 @@ def load_tokenizer(
     """
     source = resolve_source(name, revision=revision, required=_FILES, what="tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         # tokenizers raises bare Exceptions for damaged files.
         text = str(error)
@@ -40,7 +40,7 @@ def load_tokenizer(
         else:
             remedy = "Download its tokenizer files again."
         first = next((line.strip().rstrip(".:") for line in text.splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{source}: the tokenizer cannot be loaded ({first}). {remedy}") from None
+        raise UserError(f"{source}: the tokenizer cannot be loaded ({first[:500]}). {remedy}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{source}: the tokenizer names no end-of-sequence token, so no response could end. Set eos_token in "
@@ -51,6 +51,38 @@ def load_tokenizer(
         tokenizer.pad_token = _padding_token(tokenizer)
         assert len(tokenizer) == size, "padding must not grow the vocabulary"
     return tokenizer
+
+
+def refuse_unknown_tokens(tokenizer: PreTrainedTokenizerBase, rows: int, where: str) -> None:
+    """Make sure that the model has an embedding for every token that the tokenizer can give.
+
+    Special tokens that no text becomes do not count: some language models leave out the pictures' token of the
+    multimodal model that they share a tokenizer with.
+
+    Args:
+        tokenizer: The tokenizer.
+        rows: Tokens that the model has embeddings for.
+        where: What the error message names.
+
+    Raises:
+        UserError: there are ids from `rows` on.
+    """
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    template = tokenizer.chat_template
+    rendered = "".join(template.values()) if isinstance(template, dict) else template or ""
+    added = tokenizer.added_tokens_decoder
+    used = [
+        index
+        for index, token in sorted(beyond.items())
+        if index in named or token in rendered or index not in added or not added[index].special
+    ]
+    if used:
+        raise UserError(
+            f"{where}: the tokenizer knows token ids up to {used[-1]} ({beyond[used[-1]]!r}), and the model has {rows} "
+            "embeddings. Name the model's own tokenizer, or save the model with its vocabulary resized "
+            "(resize_token_embeddings) and use that."
+        )
 
 
 def _padding_token(tokenizer: PreTrainedTokenizerBase) -> str:

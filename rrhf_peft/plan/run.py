@@ -14,9 +14,8 @@ import torch
 from transformers import TrainingArguments
 
 from rrhf_peft.logprobs.engine import causal_lm_of, default_chunk_tokens
-from rrhf_peft.modeling import prepare_for_training, resolve_source
+from rrhf_peft.modeling import prepare_for_training, resolve_source, uses_checkpointing
 from rrhf_peft.modeling.base_model import DTYPES, load_config
-from rrhf_peft.modeling.preparation import uses_checkpointing
 from rrhf_peft.plan.activations import head_bytes, pass_bytes
 from rrhf_peft.plan.optimizer import is_paged, optimizer_bytes, step_bytes
 from rrhf_peft.plan.weights import Weights, shaped_weights

@@ -2,7 +2,7 @@
 
 from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.loading import json_schema, load_recipe, make_recipe, recipe_text
-from rrhf_peft.recipe.objectives import RRHFObjective, SFTObjective
+from rrhf_peft.recipe.objectives import RRHFObjective, SFTObjective, takes_from_base
 from rrhf_peft.recipe.online import OnlineSection
 from rrhf_peft.recipe.rounds import RoundsSection
 from rrhf_peft.recipe.sampling import CandidatesSection, EndpointSection, SamplingSection
@@ -36,4 +36,5 @@ __all__ = [
     "load_recipe",
     "make_recipe",
     "recipe_text",
+    "takes_from_base",
 ]

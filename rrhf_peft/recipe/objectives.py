@@ -9,9 +9,13 @@ from pydantic import Field
 
 from rrhf_peft.recipe.section import Section
 
-#: Beginnings of `adapter.init_lora_weights` that move a part of the base into the adapter: with the adapter off,
-#: neither the base nor the starting policy is left.
-TAKES_FROM_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+def takes_from_base(init_lora_weights: object) -> bool:
+    """Whether this initialisation moves a part of the base weights into the adapter.
+
+    With such an adapter switched off, neither the base nor the starting policy is left.
+    """
+    return str(init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga"))
 
 
 class RRHFObjective(Section):
@@ -214,7 +218,7 @@ def reference_contradictions(
     reference = getattr(objective, "reference", "none")
     if reference == "adapter_off" and not adapter:
         yield "objective.reference", "adapter_off needs an adapter, and all weights are trained; use cached"
-    if reference == "adapter_off" and str(init_lora_weights).lower().startswith(TAKES_FROM_BASE):
+    if reference == "adapter_off" and takes_from_base(init_lora_weights):
         yield (
             "objective.reference",
             f"adapter.init_lora_weights {init_lora_weights} moves a part of the base into the adapter, so that with "

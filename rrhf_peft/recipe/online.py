@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rrhf_peft.recipe.objectives import TAKES_FROM_BASE
+from rrhf_peft.recipe.objectives import takes_from_base
 from rrhf_peft.recipe.sampling import CandidatesSection, entry_contradictions
 from rrhf_peft.recipe.scoring import ScorerSection, scorer_contradictions
 from rrhf_peft.recipe.section import Section
@@ -72,7 +72,7 @@ def online_contradictions(online: OnlineSection, data: Any, adapter: Any, traini
                 "online.kl_coefficient",
                 "the penalty is against the model with its adapter off, and adapter is null; give an adapter, or set 0",
             )
-        elif str(adapter.init_lora_weights).lower().startswith(TAKES_FROM_BASE):
+        elif takes_from_base(adapter.init_lora_weights):
             yield (
                 "online.kl_coefficient",
                 f"adapter.init_lora_weights: {adapter.init_lora_weights} takes a part out of the base weights, so that "

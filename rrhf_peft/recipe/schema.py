@@ -68,6 +68,10 @@ class ModelSection(Section):
         "sdpa", description="Attention implementation. The shared layout needs sdpa, eager or flex_attention."
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off for a reason.")
+    allow_pickle: bool = Field(
+        False,
+        description="Read weights from pytorch_model.bin where there are no safetensors. Pickled files can hide code.",
+    )
     init_adapter: Filled | None = Field(
         None, description="Continue training this PEFT adapter instead of a new one; leave out `adapter`."
     )

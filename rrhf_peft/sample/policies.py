@@ -18,7 +18,7 @@ import torch
 
 from rrhf_peft.data import TEMPLATES
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
-from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection
+from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection, takes_from_base
 from rrhf_peft.recipe.online import OnlineSection
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.candidate import Candidate, Decoding
@@ -188,10 +188,10 @@ class PolicyLoader:
         model = stage.model
         assert model is not None
         if self._adapted is not None:
-            if self._adapted.active_peft_config.init_lora_weights in (True, False, "gaussian"):
+            if takes_from_base(self._adapted.active_peft_config.init_lora_weights):
+                self._forget()  # the base weights are no longer what was loaded
+            else:
                 self._base = self._adapted.unload()
-            else:  # its initialisation took a part out of the base weights
-                self._forget()
             self._adapted = None
         if self._base_key != _base_key(stage):
             self._forget()

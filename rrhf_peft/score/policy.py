@@ -14,7 +14,7 @@ import torch
 
 from rrhf_peft.data import GroupCollator, tokenize_groups
 from rrhf_peft.logprobs import install, prove
-from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
+from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter, refuse_beyond_context
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import PolicyScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
@@ -54,12 +54,7 @@ class PolicyScores:
         self.budget = TokenBudget(batch_tokens)
         self.engine = install(model)
         self.truncated = 0
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and max_tokens > context:
-            raise UserError(
-                f"scoring.scorer.max_tokens: {max_tokens} is more than the policy can read ({context} tokens). Set "
-                f"it to {context} or less."
-            )
+        refuse_beyond_context(model.config, max_tokens, "scoring.scorer.max_tokens", "the policy")
 
     def prove(self, groups: Sequence[RankedGroup]) -> None:
         """Let the engine settle its layout on the data's first group that has tokens; every process alike."""

@@ -23,7 +23,7 @@ from torch import nn
 
 from rrhf_peft.logprobs import LogProbEngine
 from rrhf_peft.objectives import NEEDS_REFERENCE, TAKES_REFERENCE
-from rrhf_peft.recipe.objectives import TAKES_FROM_BASE
+from rrhf_peft.recipe import takes_from_base
 from rrhf_peft.records import ResponseLogProbs, TokenizedGroup, UserError
 
 #: In the run folder: per split `<split>.index` int64 [G], `<split>.num_tokens` int64 [N], `<split>.sum` float32 [N].
@@ -242,7 +242,7 @@ def _adapter_off_obstacle(model: PeftModel) -> str | None:
     """Why the model with its adapter off is not a fixed reference, or None."""
     for name in model.active_adapters:
         init = getattr(model.peft_config[name], "init_lora_weights", None)
-        if str(init).lower().startswith(TAKES_FROM_BASE):
+        if takes_from_base(init):
             return f"init_lora_weights {init} moves a part of the base into the adapter"
     parts = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
     for name, parameter in model.named_parameters():

@@ -14,8 +14,15 @@ from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.console import terminal
 from rrhf_peft.data import DataReport
-from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, resolve_dtype, resolve_source
-from rrhf_peft.modeling.preparation import uses_checkpointing
+from rrhf_peft.modeling import (
+    attach_adapter,
+    base_of,
+    refuse_beyond_context,
+    resolve_dtype,
+    resolve_source,
+    tokenizer_of,
+    uses_checkpointing,
+)
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import UserError
 from rrhf_peft.sample.policies import decoding_of
@@ -82,25 +89,12 @@ def train_recipe(
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
     resolve_source(recipe.model.name, revision=recipe.model.revision)  # before anything that takes longer
-    tokenizer = load_tokenizer(
-        recipe.model.tokenizer or recipe.model.name,
-        revision=recipe.model.revision if recipe.model.tokenizer is None else None,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    tokenizer = tokenizer_of(recipe.model)
     splits, reports = tokenize_splits(recipe, read_splits(recipe), tokenizer)
     if resume and not ignore_changes:
         refuse_changes(folder, recipe, reports["train"].fingerprint)
-    base = load_base_model(
-        recipe.model.name,
-        revision=recipe.model.revision,
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        double_quant=recipe.model.double_quant,
-        attention=recipe.model.attention,
-        trust_remote_code=recipe.model.trust_remote_code,
-        device=_loading_device(args),
-    )
-    _refuse_longer_than_context(recipe, base)
+    base = base_of(recipe.model, tokenizer, device=_loading_device(args))
+    refuse_beyond_context(base.config, recipe.data.max_tokens, "data.max_tokens", recipe.model.name)
     args.gradient_checkpointing = uses_checkpointing(recipe.engine.gradient_checkpointing, base.num_parameters())
     base.config.pad_token_id = tokenizer.pad_token_id
     if base.generation_config is not None:
@@ -197,15 +191,6 @@ def _loading_device(args: RRHFConfig) -> torch.device:
     """Where this process puts the weights: its own device, or the host where FSDP or ZeRO will share them out."""
     sharded = is_fsdp_enabled() or args.deepspeed is not None
     return torch.device("cpu") if sharded else args.device
-
-
-def _refuse_longer_than_context(recipe: Recipe, model: Any) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and recipe.data.max_tokens > context:
-        raise UserError(
-            f"data.max_tokens: {recipe.data.max_tokens} is more than {recipe.model.name} can read ({context} tokens). "
-            f"Set data.max_tokens to {context} or less."
-        )
 
 
 def _summary(model: Any, trainer: RRHFTrainer) -> str:

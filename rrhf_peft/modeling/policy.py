@@ -1,4 +1,4 @@
-"""What a model needs before its first training step, and the proof after it that something is trained.
+"""A recipe's `model:` section becomes a policy, which is made ready for training and seen to be trained.
 
 Does not call PEFT's `prepare_model_for_kbit_training`: that casts embeddings, head and norms to float32.
 """
@@ -6,15 +6,99 @@ Does not call PEFT's `prepare_model_for_kbit_training`: that casts embeddings, h
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from rrhf_peft.modeling.adapter import attach_adapter
+from rrhf_peft.modeling.base_model import load_base_model
+from rrhf_peft.modeling.tokenizer import load_tokenizer, refuse_unknown_tokens
+from rrhf_peft.recipe import ModelSection
 from rrhf_peft.records import UserError
+
+
+def tokenizer_of(section: ModelSection) -> Any:
+    """The tokenizer of a `model:` section: the one that it names, or the model's own."""
+    return load_tokenizer(
+        section.tokenizer or section.name,
+        revision=section.revision if section.tokenizer is None else None,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def base_of(section: ModelSection, tokenizer: Any = None, *, device: torch.device | None = None) -> Any:
+    """The base model of a `model:` section, in evaluation mode.
+
+    Args:
+        section: The section.
+        tokenizer: What `tokenizer_of` gave; it must not know tokens that the model has no embedding for.
+        device: Where to put it; by default this process's GPU, or the CPU.
+
+    Raises:
+        UserError: see `load_base_model` and `refuse_unknown_tokens`.
+    """
+    model: Any = load_base_model(
+        section.name,
+        revision=section.revision,
+        dtype=section.dtype,
+        quantization=section.quantization,
+        double_quant=section.double_quant,
+        attention=section.attention,
+        trust_remote_code=section.trust_remote_code,
+        allow_pickle=section.allow_pickle,
+        device=device,
+    )
+    if tokenizer is not None:
+        rows = model.get_input_embeddings().num_embeddings
+        refuse_unknown_tokens(tokenizer, rows, section.tokenizer or section.name)
+    return model
+
+
+def load_policy(
+    section: ModelSection, *, adapter: str | None = None, device: torch.device | None = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a `model:` section for sampling and scoring: frozen, in evaluation mode.
+
+    Args:
+        section: The section; its `init_adapter` is attached unless `adapter` names another one.
+        adapter: Folder or hub id of the adapter on it.
+        device: See `base_of`.
+
+    Returns:
+        The model with its adapter, and the tokenizer.
+
+    Raises:
+        UserError: anything missing or damaged, or that does not belong together.
+    """
+    tokenizer = tokenizer_of(section)
+    model = base_of(section, tokenizer, device=device)
+    adapter = adapter or section.init_adapter
+    if adapter is not None:
+        model = attach_adapter(model, None, init_adapter=adapter)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def refuse_beyond_context(config: PretrainedConfig, tokens: int, key: str, name: str) -> None:
+    """Make sure that a model can read as many tokens as a setting lets through.
+
+    Args:
+        config: The model's configuration.
+        tokens: The setting's value.
+        key: The setting, for the message.
+        name: The model, for the message.
+
+    Raises:
+        UserError: it cannot.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise UserError(
+            f"{key}: {tokens} is more than {name} can read ({context} tokens). Set it to {context} or less."
+        )
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
