@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,18 @@ def shared_data() -> Path:
 def tinystories(shared_data: Path) -> Path:
     """A real pretrained Llama of 656k parameters with its tokenizer."""
     return shared_data / "models" / "TinyStories-656K"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser. Tests that need it skip where it is missing, but fail under CI and RRHF_REQUIRE_BROWSER=1."""
+    path = shutil.which("chromium")
+    if path is None:
+        reason = "chromium is not installed; on Debian: apt-get install chromium"
+        if os.environ.get("CI") == "true" or os.environ.get("RRHF_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
 
 
 @pytest.fixture(scope="session")

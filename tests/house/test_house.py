@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from rrhf_peft import __version__
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -127,6 +129,56 @@ def test_the_ci_script_is_sound_bash_and_runs_checks_and_tests() -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert script.stat().st_mode & 0o111
     assert [line for line in script.read_text().splitlines() if line.startswith("make ")] == ["make check", "make test"]
+
+
+def run_ci(folder: Path, *, apt_get: str) -> tuple[int, str, list[str]]:
+    """Run a copy of the CI script where make, apt-get and id are ours; what it exits with, says, and made."""
+    tools, work = folder / "bin", folder / "work"
+    tools.mkdir()
+    (work / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", work / ".ci" / "run")
+    log = folder / "log"
+    for name, body in {
+        "make": f'echo "make $1 $RRHF_REQUIRE_BROWSER" >> {log}',
+        "apt-get": apt_get,
+        "id": "echo 0",
+    }.items():
+        (tools / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {folder / "calls"}\n{body}\n')
+        (tools / name).chmod(0o755)
+    for name in ("bash", "dirname", "env", "chmod"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    environment = {"PATH": str(tools), "CI": "true"}
+    done = subprocess.run(
+        ["bash", str(work / ".ci" / "run")], env=environment, capture_output=True, text=True, check=False
+    )
+    made = log.read_text().splitlines() if log.exists() else []
+    return done.returncode, done.stderr, made
+
+
+def test_ci_installs_the_browser_or_fails_with_a_word(tmp_path: Path) -> None:
+    for folder in ("installs", "fails", "pretends"):
+        (tmp_path / folder).mkdir()
+    chromium = tmp_path / "installs" / "bin" / "chromium"
+    installs = f'if [ "$1" = install ]; then echo "#!/bin/bash" > {chromium}; chmod +x {chromium}; fi'
+    assert run_ci(tmp_path / "installs", apt_get=installs) == (0, "", ["make check 1", "make test 1"])
+    for name, apt_get in (("fails", "exit 100"), ("pretends", "exit 0")):
+        code, stderr, made = run_ci(tmp_path / name, apt_get=apt_get)
+        assert (code, made) == (1, [])
+        assert "chromium is not installed, and apt-get could not install it" in stderr
+
+
+@pytest.mark.parametrize(("variables", "outcome"), [({}, "skipped"), ({"CI": "true"}, "errors"),
+                                                    ({"RRHF_REQUIRE_BROWSER": "1"}, "errors")])  # fmt: skip
+def test_a_missing_browser_is_a_failure_where_it_is_asked_for(
+    variables: dict[str, str], outcome: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("RRHF_REQUIRE_BROWSER", raising=False)
+    for name, value in {**variables, "PATH": ""}.items():
+        monkeypatch.setenv(name, value)
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    pytester.makepyfile("def test_page(chromium): pass")
+    assert pytester.inline_run("-p", "no:xdist").ret == (0 if outcome == "skipped" else 1)
 
 
 def test_commits_are_checked_with_what_make_check_runs() -> None:

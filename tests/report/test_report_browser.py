@@ -1,4 +1,4 @@
-"""The report in a real browser: it is drawn, and it asks nobody for anything. Skipped where there is no chromium."""
+"""The report in a real browser: it is drawn, and it asks nobody for anything. See the fixture `chromium`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from report.html_page import Page
 from rrhf_peft.report.run import write_report
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+pytestmark = pytest.mark.usefixtures("chromium")
 
 
 class Listener:
