@@ -6,11 +6,18 @@ others: the YAML recipe (`rrhf_peft.recipe`), whose sections `training.run` unpa
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
+
+from rrhf_peft.objectives import OBJECTIVES
+from rrhf_peft.recipe.messages import did_you_mean
+from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES, ObjectiveSection
+from rrhf_peft.records import UserError
 
 
 @dataclass
@@ -28,6 +35,9 @@ class RRHFConfig(TrainingArguments):
         max_prompt_tokens: longer prompts lose their beginning.
         max_tokens: prompt plus response.
         overlong_prompt: truncate, drop or error.
+
+    Raises:
+        UserError: an objective or an option that does not exist, or a value it cannot have.
     """
 
     learning_rate: float = field(default=1e-4)
@@ -47,6 +57,7 @@ class RRHFConfig(TrainingArguments):
     overlong_prompt: Literal["truncate", "drop", "error"] = field(default="truncate")
 
     def __post_init__(self) -> None:
+        _check_objective(self.objective, self.objective_options)
         if not torch.accelerator.is_available():
             # Else a launcher's processes would each train alone: without it transformers joins only GPUs.
             self.use_cpu = True
@@ -61,6 +72,37 @@ class RRHFConfig(TrainingArguments):
             # Without a launcher transformers would wrap the model in DataParallel, which cuts a
             # GroupBatch along its flat token dimension. One process drives one GPU.
             self._n_gpu = 1
+
+
+def _check_objective(name: str, options: dict[str, Any]) -> None:
+    """The same words from Python as from a recipe: an objective or an option that does not exist, or cannot be.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(
+            f"objective: there is no {name!r}{did_you_mean(str(name), OBJECTIVES)}. Known: {', '.join(OBJECTIVES)}."
+        )
+    known = {
+        option
+        for option, parameter in inspect.signature(OBJECTIVES[name]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and option != "reference"
+    }
+    for option in options:
+        if option not in known:
+            raise UserError(
+                f"objective_options: {name} has no option {option!r}{did_you_mean(str(option), known)}. "
+                f"It has {', '.join(sorted(known))}."
+            )
+    if name in OBJECTIVE_NAMES:  # one that was added in Python checks its values itself
+        try:
+            TypeAdapter(ObjectiveSection).validate_python({"name": name, **options})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise UserError(
+                f"objective_options: {problem['loc'][1]} {problem['input']!r} of {name} cannot be: {problem['msg']}."
+            ) from None
 
 
 def _computes_bf16() -> bool:

@@ -42,8 +42,8 @@ from rrhf_peft.train.reference import (
 
 logger = logging.getLogger(__name__)
 
-#: More sources than this are not logged one by one.
-MOST_SOURCES = 32
+#: The most frequent sources, which are logged one by one; all others together.
+MOST_SOURCES = 8
 
 
 class RRHFTrainer(Trainer):
@@ -316,12 +316,16 @@ def source_metrics(log_probs: ResponseLogProbs, source: torch.Tensor, names: Seq
     Args:
         log_probs: per response, [N].
         source: int64 [N], index into `names`.
-        names: all sources of the data set; the first `MOST_SOURCES` are logged.
+        names: all sources of the data set, the most frequent first; those beyond `MOST_SOURCES` are logged together, as
+            `logps/other sources`.
     """
     p = log_probs.sum.detach() / log_probs.num_tokens
     total = p.new_zeros(len(names)).index_add(0, source, p)
     count = p.new_zeros(len(names)).index_add(0, source, torch.ones_like(p))
-    return {f"logps/{name}": Mean(total[i], count[i]) for i, name in enumerate(names[:MOST_SOURCES])}
+    means = {f"logps/{name}": Mean(total[i], count[i]) for i, name in enumerate(names[:MOST_SOURCES])}
+    if len(names) > MOST_SOURCES:
+        means["logps/other sources"] = Mean(total[MOST_SOURCES:].sum(), count[MOST_SOURCES:].sum())
+    return means
 
 
 def _groups_in(batch: Any) -> int:
@@ -332,6 +336,13 @@ def _groups_in(batch: Any) -> int:
 def _tokenised(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: RRHFConfig) -> list[TokenizedGroup]:
     groups = [item if isinstance(item, RankedGroup | TokenizedGroup) else _group_of(item) for item in dataset]
     if all(isinstance(group, TokenizedGroup) for group in groups):
+        for group in groups:
+            assert isinstance(group, TokenizedGroup)
+            if not len(group.response_ids) == len(group.scores) == len(group.sources) > 0:
+                raise UserError(
+                    f"train_dataset: group {group.index} has {len(group.response_ids)} responses, "
+                    f"{len(group.scores)} scores and {len(group.sources)} sources. Give one of each per response."
+                )
         return groups  # type: ignore[return-value]
     tokenised, _ = tokenize_groups(
         groups,  # type: ignore[arg-type]

@@ -10,6 +10,10 @@ from train.test_processes import FSDP2, accelerate_launch
 from rrhf_peft.train.reference import FILE
 from rrhf_peft.train.run import train_recipe
 
+#: A margin is beta (0.1) times the difference of four sums of up to 200 nats, float32 numbers 1.5e-5 apart; sharded
+#: layers add their terms in another order than whole ones, and so do five steps of training on them.
+ROUNDING = 0.1 * 4 * 1.5e-5
+
 CURVE = ("loss", "grad_norm", "rank_loss", "rewards/margins", "rewards/accuracies", "pair_accuracy")
 
 
@@ -27,9 +31,8 @@ def test_two_processes_equal_one(tiny_model_folder, tmp_path, config, reference)
     accelerate_launch(recipe, tmp_path / "launch", config)
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     for metric in CURVE:
-        assert [line[metric] for line in two] == pytest.approx([line[metric] for line in one], rel=1e-4, abs=1e-6), (
-            metric
-        )
+        expected = [line[metric] for line in one]
+        assert [line[metric] for line in two] == pytest.approx(expected, rel=1e-4, abs=ROUNDING), metric
     assert abs(one[-1]["loss"] - one[0]["loss"]) > 1e-3
     if reference == "cached":
         expected, got = load_file(tmp_path / "one" / FILE), load_file(tmp_path / "two" / FILE)
