@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 
 from transformers import PreTrainedModel
@@ -17,6 +18,18 @@ def slow_length(prompt: str, responses: list[str]) -> list[float]:
 def cost(prompt: str, responses: list[str]) -> list[float]:
     """How often a response says "a"."""
     return [float(response.count("a")) for response in responses]
+
+
+def skips_b(prompt: str, responses: list[str]) -> list[float | None]:
+    """Length, and nothing where there is a "b"."""
+    return [None if "b" in response else float(len(response)) for response in responses]
+
+
+def stops_at_messages(prompt: str, responses: list[str]) -> list[float]:
+    """Length, until the second prompt comes."""
+    if prompt == "hé?":
+        sys.exit(0)
+    return [float(len(response)) for response in responses]
 
 
 def small_letters(prompt: str, responses: list[str]) -> list[float]:

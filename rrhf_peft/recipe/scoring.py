@@ -64,8 +64,9 @@ class JudgeScorer(_Strict):
             "api_key_env",
             "concurrency",
             "timeout",
-            "attempts",
+            "max_retries",
             "first_wait",
+            "reply_attempts",
             "max_requests",
             "max_total_tokens",
         }
@@ -93,8 +94,8 @@ class JudgeScorer(_Strict):
     reply_tokens: int = Field(256, ge=1, description="Longest reply.")
     json_mode: bool = Field(False, description="Ask for response_format json_object, where the server knows it.")
     reply_attempts: int = Field(2, ge=1, description="How often a reply that breaks the form is asked for.")
-    attempts: int = Field(
-        6, ge=1, description="How often a request is made against 408, 429, 5xx, timeouts, cut lines."
+    max_retries: int = Field(
+        6, ge=0, le=1000, description="Further attempts after 408, 409, 429, 5xx, time-outs and cut lines."
     )
     first_wait: float = Field(
         1.0, ge=0, description="Seconds before the second attempt; doubled each time, at most 60."
@@ -156,7 +157,7 @@ class HumanScorer(_Strict):
 
 
 class _WithDefaults(_Strict):
-    weight: float = Field(1.0, description="Weight in a weighted_sum.")
+    weight: float = Field(1.0, ge=-1e6, le=1e6, description="Weight in a weighted_sum.")
     normalize: Literal["none", "zscore", "rank"] = Field(
         "none", description="Before combining. zscore: over the data. rank: share of its group that a response beats."
     )

@@ -19,6 +19,7 @@ import yaml
 
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe, recipe_text
+from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer
 from rrhf_peft.records import UserError
 from rrhf_peft.rounds.stages import policy_name
 from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
@@ -29,7 +30,7 @@ _LEAVES = {"sample": "candidates.jsonl*", "score": "scored.jsonl*", "train": "ru
 
 #: May change between two runs of the command: how far to go, and what changes no result.
 _HARMLESS = HARMLESS_KEYS | {"rounds.count", "sampling.batch_tokens", "evaluation.batch_tokens"}
-_EFFORT = ("batch_tokens", "base_url", "api_key_env", "concurrency", "timeout", "attempts", "max_requests")
+_EFFORT = tuple(JudgeScorer.EFFORT | PolicyScorer.EFFORT | RewardModelScorer.EFFORT)
 
 
 class RoundFolder:

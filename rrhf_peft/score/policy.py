@@ -19,6 +19,7 @@ from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import PolicyScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
+from rrhf_peft.score.candidates import GroupScores
 
 
 class PolicyScores:
@@ -167,3 +168,22 @@ def load_policy(section: PolicyScorer, recipe: Recipe) -> PolicyScores:
         length_penalty=section.length_penalty,
         batch_tokens=section.batch_tokens,
     )
+
+
+class PolicyGroups:
+    """A policy's own preference over candidates."""
+
+    def __init__(self, section: PolicyScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
+        self.policy: PolicyScores = load_policy(section, recipe)
+        self.policy.prove(groups)
+
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
+        """p_i; a response without text has none."""
+        return [
+            GroupScores(scores, {index: "no text" for index, score in enumerate(scores) if score is None})
+            for scores in self.policy.score(groups)
+        ]
+
+    def counts(self) -> dict[str, int]:
+        """Responses that lost their end."""
+        return {"truncated_responses": self.policy.truncated}

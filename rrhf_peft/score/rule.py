@@ -1,23 +1,40 @@
-"""Rules: any Python function as a scorer, named by its dotted path.
+"""Rules: any Python function as a scorer, named by its dotted path; and scores by who wrote a response.
 
-A rule is called once per prompt with all of its responses and returns one finite number for each,
-higher is better::
+A rule is called once per prompt with all of its responses and returns one number for each, higher is better::
 
     def rule(prompt: str, responses: list[str]) -> list[float]: ...
 
-Naming a rule runs the code of its module, as importing it would.
+Lists, tuples, generators, NumPy arrays and tensors of one dimension are read; None stands for a response that
+the rule does not score. Naming a rule runs the code of its module, as importing it would.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
+import hashlib
 import importlib
+import itertools
 import math
+import numbers
 import os
+import pkgutil
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from rrhf_peft.records import UserError
+from rrhf_peft.records import LARGEST_SCORE, RankedGroup, UserError
+from rrhf_peft.score.candidates import GroupScores, prompt_text
+
+if TYPE_CHECKING:
+    from rrhf_peft.recipe import Recipe
+    from rrhf_peft.recipe.scoring import RuleScorer, SourceScorer
 
 #: (prompt, its responses) -> one score per response.
 Rule = Callable[[str, list[str]], list[float]]
@@ -25,18 +42,96 @@ Rule = Callable[[str, list[str]], list[float]]
 _SIGNATURE = "a rule is a function (prompt: str, responses: list[str]) -> list[float]"
 
 
+class RuleScores:
+    """A rule over candidates; a response that it gives None has no score."""
+
+    def __init__(self, section: RuleScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
+        self.name, self.function = section.function, import_rule(section.function)
+
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
+        """What the rule says."""
+        scored = []
+        for group in groups:
+            scores = rule_scores(self.name, self.function, prompt_text(group.prompt), group.responses, group.index)
+            none = {number: "the rule gives no score" for number, score in enumerate(scores) if score is None}
+            scored.append(GroupScores(scores, none))
+        return scored
+
+    def counts(self) -> dict[str, int]:
+        """Nothing to count."""
+        return {}
+
+
+class SourceScores:
+    """Who wrote a candidate, as SPIN (arXiv 2401.01335) ranks: a human's answer above the policy's own.
+
+    Raises:
+        UserError: a source without a score; told before anything is written.
+    """
+
+    def __init__(self, section: SourceScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
+        sources = dict.fromkeys(source for group in groups for source in group.sources)
+        self.scores = {source: source_score(source, section.scores) for source in sources}
+
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
+        """What the patterns say; every response gets a score."""
+        return [GroupScores([self.scores[source] for source in group.sources]) for group in groups]
+
+    def counts(self) -> dict[str, int]:
+        """Nothing to count."""
+        return {}
+
+
+def source_score(source: str, scores: Mapping[str, float]) -> float:
+    """The score of the first pattern that matches a source name.
+
+    Args:
+        source: name from the sources column, such as ``top_p:round-1``.
+        scores: shell-style pattern (``*``, ``?``, ``[ab]``; upper and lower case differ) -> score.
+
+    Raises:
+        UserError: no pattern matches.
+    """
+    for pattern, score in scores.items():
+        if fnmatchcase(source, pattern):
+            return score
+    raise UserError(
+        f"scoring.scorer.scores: no pattern matches the source {source!r} (there are: {', '.join(scores)}). Add one "
+        'for it, or end the list with "*" and the score of all others.'
+    )
+
+
 def load_rule(name: str) -> Rule:
-    """Import the rule called ``package.module:function``, and check what it returns from then on.
+    """The rule called ``package.module:function``, checked to return a number for every response.
+
+    Raises:
+        UserError: no such module or function, or it is no function. The returned rule raises it too, when it
+            fails or when the scores are not one finite number per response.
+    """
+    function = import_rule(name)
+
+    def checked(prompt: str, responses: list[str]) -> list[float]:
+        scores: list[float] = []
+        for number, score in enumerate(rule_scores(name, function, prompt, responses)):
+            if score is None:
+                raise UserError(f"{_where(name, prompt)}: the score of response {number} is None. Return a number.")
+            scores.append(score)
+        return scores
+
+    return checked
+
+
+def import_rule(name: str) -> Callable[..., Any]:
+    """Import the function called ``package.module:function``.
 
     Modules are also looked for in the working directory, after everywhere else, so that a rule can lie
     beside its recipe without hiding an installed package.
 
     Raises:
-        UserError: no such module or function, or it is no function. The returned rule raises it too, when
-            the scores are not one finite number per response.
+        UserError: no such module or function, or it is no function.
     """
     module_name, colon, function_name = name.partition(":")
-    if not (colon and module_name and function_name):
+    if not (colon and function_name and all(part.isidentifier() for part in module_name.split("."))):
         raise UserError(f"rule {name!r}: write package.module:function, for example rrhf_peft.score:vader.")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -46,15 +141,15 @@ def load_rule(name: str) -> Rule:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
             problem = (
-                f"Python finds no module {missing!r}. Check the spelling, and that it is installed, on PYTHONPATH, "
-                "or in this folder"
+                f"Python finds no module {missing!r}{_did_you_mean(missing)}. Check the spelling, and that it is "
+                "installed, on PYTHONPATH, or in this folder"
             )
         else:
             problem = f"{module_name} needs the module {missing!r}, which is not installed. Install it"
         raise UserError(f"rule {name!r}: {problem}.") from None
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
         raise UserError(
-            f"rule {name!r}: importing {module_name} fails with {type(error).__name__}: {error}. Mend that module."
+            f"rule {name!r}: importing {module_name} fails with {_described(error)}. Correct that module."
         ) from error
     function = getattr(module, function_name, None)
     if function is None:
@@ -63,32 +158,138 @@ def load_rule(name: str) -> Rule:
         raise UserError(f"rule {name!r}: {module_name} has no {function_name!r}; {hint}")
     if not callable(function):
         raise UserError(f"rule {name!r}: {function_name} is a {type(function).__name__}, and {_SIGNATURE}.")
-
-    def checked(prompt: str, responses: list[str]) -> list[float]:
-        return _checked_scores(name, prompt, responses, function(prompt, responses))
-
-    return checked
+    return function
 
 
-def _checked_scores(name: str, prompt: str, responses: list[str], returned: object) -> list[float]:
-    where = f"rule {name!r}, prompt {_shortened(prompt)}"
+def rule_scores(
+    name: str, function: Callable[..., Any], prompt: str, responses: Sequence[str], group: int | None = None
+) -> list[float | None]:
+    """Call the rule for one prompt, and read what it returns.
+
+    Raises:
+        UserError: the rule fails, or returns anything else than a finite number or None for each response;
+            names the rule, the group (its position in the input) and the prompt.
+    """
+    where = _where(name, prompt, group)
     try:
-        scores = [float(score) for score in returned]  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: it returned {_shortened(repr(returned))}, and {_SIGNATURE}.") from None
-    if len(scores) != len(responses):
+        returned = function(prompt, list(responses))
+        if hasattr(returned, "tolist"):  # NumPy arrays and tensors
+            returned = returned.tolist()
+        if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
+            raise UserError(f"{where}: it returned {_kind(returned)} ({_shortened(repr(returned))}), and {_SIGNATURE}.")
+        values = list(itertools.islice(returned, len(responses) + 1))  # generators run here, and may never end
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
         raise UserError(
-            f"{where}: it returned {len(scores)} scores for {len(responses)} responses. Return one for each, in order."
+            f"{where}: it fails with {_described(error)}. Correct the rule; {_SIGNATURE}. What was scored before is "
+            "kept."
+        ) from error
+    if len(values) != len(responses):
+        number = f"more than {len(responses)}" if len(values) > len(responses) else str(len(values))
+        with contextlib.suppress(TypeError):
+            number = str(len(returned))  # type: ignore[arg-type]
+        raise UserError(
+            f"{where}: it returned {number} scores for {len(responses)} responses. Return one for each, in order."
         )
-    for place, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(
-                f"{where}: the score of response {place} is {score}: {_shortened(responses[place])}. Return a finite "
-                "number for every text, empty ones included."
-            )
-    return scores
+    return [_number(value, f"{where}: the score of response {i}", responses[i]) for i, value in enumerate(values)]
 
 
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+def _number(value: Any, where: str, response: str) -> float | None:
+    if value is None:
+        return None
+    if hasattr(value, "item"):  # a NumPy scalar or a tensor of one element
+        with contextlib.suppress(Exception):
+            value = value.item()
+    if not isinstance(value, (numbers.Real, Decimal)):
+        raise UserError(f"{where} is {_kind(value)} ({_shortened(repr(value))}), and {_SIGNATURE}.")
+    try:
+        score = float(value)
+    except (OverflowError, ValueError):
+        score = math.inf
+    if not abs(score) <= LARGEST_SCORE:  # NaN compares false
+        raise UserError(
+            f"{where} is {score}: {_shortened(response)}. Return a finite number, at most {LARGEST_SCORE:g} in size, "
+            "for every text, empty ones included."
+        )
+    return score
+
+
+def rule_source(name: str) -> str:
+    """A fingerprint of the rule's code: its module's file, and of the modules that it uses those in the same folder.
+
+    Modules of other folders are not looked into: which version is installed is for the user to keep.
+    """
+    function = import_rule(name)
+    names = (name.partition(":")[0], getattr(function, "__module__", None) or "")
+    todo = [module for own in names if (module := sys.modules.get(own)) is not None]
+    folders = {Path(module.__file__).parent for module in todo if module.__file__}
+    digests: dict[Path, str] = {}
+    while todo:
+        module = todo.pop()
+        file = Path(getattr(module, "__file__", None) or "")
+        if file.parent not in folders or file in digests:
+            continue
+        digests[file] = hashlib.sha256(file.read_bytes()).hexdigest()
+        for value in vars(module).values():
+            used = value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
+            todo += [used] if used is not None else []
+    return hashlib.sha256("".join(sorted(digests.values())).encode()).hexdigest()
+
+
+def vader(prompt: str, responses: list[str]) -> list[float]:
+    """VADER sentiment of each response, a rule that is shipped: the compound, between -1 and 1.
+
+    Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", 2014.
+    The prompt is not judged.
+
+    Raises:
+        UserError: vaderSentiment is not installed; it comes with the extra `vader`.
+    """
+    analyzer = _vader_analyzer()
+    return [analyzer.polarity_scores(response)["compound"] for response in responses]
+
+
+@functools.cache
+def _vader_analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ModuleNotFoundError:
+        raise UserError(
+            "The rule rrhf_peft.score:vader needs a package that is not installed: pip install 'rrhf-peft[vader]'."
+        ) from None
+    return SentimentIntensityAnalyzer()
+
+
+def _where(name: str, prompt: str, group: int | None = None) -> str:
+    return f"rule {name!r}{'' if group is None else f', group {group} (from 0)'}, prompt {_shortened(prompt)}"
+
+
+def _did_you_mean(module: str) -> str:
+    """A module whose name is near, among those beside it."""
+    parent, _, last = module.rpartition(".")
+    path = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+    near = difflib.get_close_matches(last, [found.name for found in pkgutil.iter_modules(path)], n=1)
+    return f"; did you mean {f'{parent}.{near[0]}' if parent else near[0]!r}?" if near else ""
+
+
+def _described(error: BaseException) -> str:
+    """What went wrong, and in which line of whose file."""
+    if isinstance(error, SystemExit):
+        text = f"a call of sys.exit({'' if error.code is None else repr(error.code)})"
+    else:
+        text = f"{type(error).__name__}: {_shortened(str(error), 300)[1:-1]}"
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names: dict[type, str] = {str: "text", dict: "a dictionary", set: "a set, which has no order", list: "a list"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    text = " ".join(text[: 20 * length].split())
+    return repr(text if len(text) <= length else f"{text[: length - 3]}...")

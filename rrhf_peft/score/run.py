@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,26 @@ from rrhf_peft.console import terminal
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, ScoringSection
+from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, RuleScorer, ScoringSection
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.score.finish import LEAST_RESPONSES, finished_rows
-from rrhf_peft.score.input import read_candidates
+from rrhf_peft.score.candidates import GroupScores, Scorer, read_candidates
+from rrhf_peft.score.combine import LEAST_RESPONSES, ScoreReport, finished_rows
+from rrhf_peft.score.judge import Judge
+from rrhf_peft.score.people import PeopleScores, is_handed_out, key_path, texts_of, write_sheet
+from rrhf_peft.score.policy import PolicyGroups
 from rrhf_peft.score.progress import group_progress
-from rrhf_peft.score.ranking_sheet import write_sheet
-from rrhf_peft.score.report import ScoreReport
-from rrhf_peft.score.scorers import SCORERS, GroupScores, Scorer
-from rrhf_peft.score.transcript import transcript
+from rrhf_peft.score.reward_model import RewardModelScores
+from rrhf_peft.score.rule import RuleScores, SourceScores, rule_source
+
+#: Name in a recipe -> what makes the scorer from (section, recipe, seed, all groups).
+SCORERS: dict[str, Callable[[Any, Recipe, int, Sequence[RankedGroup]], Scorer]] = {
+    "reward_model": RewardModelScores,
+    "judge": Judge,
+    "rule": RuleScores,
+    "policy": PolicyGroups,
+    "source": SourceScores,
+    "human": PeopleScores,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class ScoreOutcome:
     Attributes:
         output: the scored file; None where a ranking sheet was written for people to fill.
         report: numbers per source, ties, failures; on the main process, and where there is an output.
-        failures: the file of groups with unscored responses, where there are any.
+        failures: the file of groups with unscored responses and of those without any, where there are such.
         sheet: the ranking sheet that was written.
     """
 
@@ -71,7 +82,7 @@ def score_recipe(
         least_responses: groups with fewer scored responses are failures; 1 where nothing is to be ranked.
 
     Raises:
-        UserError: anything the user can mend. What was finished is kept.
+        UserError: anything the user can fix. What was finished is kept.
     """
     assert recipe.scoring is not None, "load_recipe(needs=['scoring'])"
     section, console = recipe.scoring, console or terminal(stderr=True)
@@ -88,10 +99,14 @@ def _score(
     least_responses: int,
 ) -> ScoreOutcome:
     groups = read_candidates(section.input, format=section.format, split=section.split, max_groups=section.max_groups)
+    _refuse_output_as_input(section)
     if isinstance(section.scorer, HumanScorer) and not section.scorer.annotations:
         return _hand_out(section, section.scorer, groups, main=processes.is_main)
 
-    units = [groups[start : start + section.unit_groups] for start in range(0, len(groups), section.unit_groups)]
+    with_responses = [group for group in groups if group.responses]
+    size = section.unit_groups
+    units = [with_responses[start : start + size] for start in range(0, len(with_responses), size)]
+    scorers = make_scorers(section.scorer, recipe, section.seed, groups)  # before anything is written or removed
     shards = ShardedOutput(
         section.output,
         fingerprint=_fingerprint(recipe, groups),
@@ -99,28 +114,36 @@ def _score(
         process=processes.index,
         processes=processes.count,
     )
-    if processes.is_main:
-        _refuse_output_as_input(section)
-        if finished := shards.open(overwrite=overwrite):
-            console.print(f"continuing: {finished} of {len(units)} units are there already", highlight=False)
+    if processes.is_main and (finished := shards.open(overwrite=overwrite)):
+        console.print(f"continuing: {finished} of {len(units)} units are there already", highlight=False)
     processes.wait_for_all()
-    scorers = _scorers(recipe, groups)
     _score_units(shards, units, scorers, console if processes.is_main else Console(quiet=True), processes)
     processes.wait_for_all()
     if not processes.is_main:
         return ScoreOutcome(output=Path(section.output))
-    agreement = {label: asdict(own) for label, scorer in scorers.items() if (own := getattr(scorer, "agreement", None))}
-    return _merge(shards, section, groups, agreement, least_responses)
+    return _merge(shards, section, groups, scorers, least_responses)
 
 
-def _scorers(recipe: Recipe, groups: Sequence[RankedGroup]) -> dict[str, Scorer]:
-    """Label -> scorer; a scorer that stands alone is labelled by its name."""
-    assert recipe.scoring is not None
-    scorer = recipe.scoring.scorer
-    parts: Mapping[str, Any] = {scorer.name: scorer}
+def make_scorers(section: Any, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> dict[str, Scorer]:
+    """Label -> scorer; a scorer that stands alone is labelled by its name.
+
+    Args:
+        section: a scorer's section, also a composite's.
+        recipe: for scorers that read more of it.
+        seed: of a judge's shuffling.
+        groups: all that will be scored, or examples that have all of its sources.
+
+    Raises:
+        UserError: a model, rule, key or sheet is missing or cannot be used.
+    """
+    return {label: SCORERS[part.name](part, recipe, seed, groups) for label, part in _parts(section).items()}
+
+
+def _parts(scorer: Any) -> dict[str, Any]:
+    """Label -> section of the single scorers."""
     if isinstance(scorer, CompositeScorer):
-        parts = {label: part.scorer for label, part in scorer.parts.items()}
-    return {label: SCORERS[own.name](own, recipe, recipe.scoring.seed, groups) for label, own in parts.items()}
+        return {label: part.scorer for label, part in scorer.parts.items()}
+    return {scorer.name: scorer}
 
 
 def _score_units(
@@ -140,9 +163,10 @@ def _score_units(
             used = _counts(scorers)
             used.subtract(before)
             rows: list[dict[str, Any]] = [
-                {label: _as_json(own[place]) for label, own in by_label.items()} for place in range(len(units[unit]))
+                {"scores": {label: _as_json(scores[index]) for label, scores in by_label.items()}}
+                for index in range(len(units[unit]))
             ]
-            shards.write(unit, [{"scores": row} for row in rows] + [{"counts": dict(+used)}])
+            shards.write(unit, [*rows, {"counts": dict(+used)}])
             advance(len(units[unit]))
 
 
@@ -150,19 +174,28 @@ def _merge(
     shards: ShardedOutput,
     section: ScoringSection,
     groups: Sequence[RankedGroup],
-    agreement: Mapping[str, Any],
+    scorers: Mapping[str, Scorer],
     least_responses: int,
 ) -> ScoreOutcome:
     """The parts into the scored file, with its failures and its report beside it."""
     output = Path(section.output)
-    failures, report_path = output.with_suffix(".failures.jsonl"), output.with_suffix(".report.json")
+    failures, report_path = _beside(section)
     outcome: list[ScoreReport] = []
+    agreement = {
+        label: asdict(scorer.agreement) for label, scorer in scorers.items() if isinstance(scorer, PeopleScores)
+    }
 
     def finish(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         counts: Counter[str] = Counter()
         for part in parts:
             counts.update(part.get("counts", {}))
-        raw = [{label: _from_json(own) for label, own in part["scores"].items()} for part in parts if "scores" in part]
+        scored = iter(part["scores"] for part in parts if "scores" in part)
+        raw = [
+            {label: _from_json(values) for label, values in next(scored).items()}
+            if group.responses
+            else {label: GroupScores([]) for label in scorers}
+            for group in groups
+        ]
         rows, failed, report = finished_rows(groups, raw, section.scorer, counts, agreement, least_responses)
         outcome.append(report)
         failures.unlink(missing_ok=True)
@@ -174,7 +207,7 @@ def _merge(
             wanted = "two scored responses" if least_responses == 2 else "a scored response"
             raise UserError(
                 f"{output}: not written, because no group has {wanted} ({reasons}). {failures} holds them "
-                "all. Mend the cause and pass --overwrite."
+                "all. Fix the cause and pass --overwrite."
             )
         return rows
 
@@ -185,9 +218,10 @@ def _merge(
 def _hand_out(
     section: ScoringSection, scorer: HumanScorer, groups: Sequence[RankedGroup], *, main: bool
 ) -> ScoreOutcome:
-    sheet = Path(scorer.sheet)
-    if main:
-        write_sheet(sheet, [(transcript(group.prompt), group.responses) for group in groups], section.seed)
+    """Write the sheet, unless the same one is there already."""
+    sheet, texts = Path(scorer.sheet), texts_of(groups)
+    if main and not is_handed_out(sheet, texts, section.seed):
+        write_sheet(sheet, texts, section.seed)
     return ScoreOutcome(sheet=sheet)
 
 
@@ -195,15 +229,15 @@ def _fingerprint(recipe: Recipe, groups: Sequence[RankedGroup]) -> str:
     """Of everything the raw scores depend on; not of settings that only change the effort."""
     assert recipe.scoring is not None
     section = recipe.scoring
-    scorer = section.scorer
-    singles = [part.scorer for part in scorer.parts.values()] if isinstance(scorer, CompositeScorer) else [scorer]
-    sheets = [Path(file) for own in singles if isinstance(own, HumanScorer) for file in own.annotations]
+    parts = list(_parts(section.scorer).values())
+    sheets = [Path(file) for part in parts if isinstance(part, HumanScorer) for file in part.annotations]
     settings = {
         "seed": section.seed,
         "unit_groups": section.unit_groups,
-        "scorer": _without_effort(scorer),
+        "scorer": _without_effort(section.scorer),
         "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
         "sheets": [hashlib.sha256(sheet.read_bytes()).hexdigest() for sheet in sheets if sheet.is_file()],
+        "rules": [rule_source(part.function) for part in parts if isinstance(part, RuleScorer)],
     }
     digest = hashlib.sha256(json.dumps(settings).encode())  # unsorted: of patterns the first that matches counts
     for group in groups:
@@ -219,10 +253,27 @@ def _without_effort(scorer: Any) -> dict[str, Any]:
     return values
 
 
+def _beside(section: ScoringSection) -> tuple[Path, Path]:
+    """The files of failures and of the report."""
+    output = Path(section.output)
+    return output.with_suffix(".failures.jsonl"), output.with_suffix(".report.json")
+
+
 def _refuse_output_as_input(section: ScoringSection) -> None:
-    places = [section.input] if isinstance(section.input, str) else section.input
-    if Path(section.output).resolve() in {Path(place).resolve() for place in places}:
-        raise UserError(f"scoring.output: {section.output} is scoring.input as well. Name another file.")
+    """Nothing that is read may be written to, or removed with an old output."""
+    inputs = [section.input] if isinstance(section.input, str) else list(section.input)
+    read = {Path(source).resolve(): "scoring.input" for source in inputs}
+    for part in _parts(section.scorer).values():
+        if isinstance(part, HumanScorer):
+            read |= {Path(file).resolve(): "scoring.scorer.annotations" for file in part.annotations}
+            read |= {Path(part.sheet).resolve(): "scoring.scorer.sheet"}
+            read |= {key_path(Path(part.sheet)).resolve(): "the key of scoring.scorer.sheet"}
+    for written in (Path(section.output), *_beside(section)):
+        if (key := read.get(written.resolve())) is not None:
+            raise UserError(
+                f"scoring.output: {section.output} is written with {written}, which is {key} as well. Name another "
+                "file."
+            )
 
 
 def _counts(scorers: Mapping[str, Scorer]) -> Counter[str]:
@@ -236,10 +287,10 @@ def _counts(scorers: Mapping[str, Scorer]) -> Counter[str]:
     )
 
 
-def _as_json(own: GroupScores) -> dict[str, Any]:
-    return {name: value for name, value in asdict(own).items() if value}
+def _as_json(scores: GroupScores) -> dict[str, Any]:
+    return {name: value for name, value in asdict(scores).items() if value}
 
 
 def _from_json(values: Mapping[str, Any]) -> GroupScores:
-    failures = {int(place): reason for place, reason in values.get("failures", {}).items()}
+    failures = {int(index): reason for index, reason in values.get("failures", {}).items()}
     return GroupScores(values["scores"], failures, values.get("aspects", {}))

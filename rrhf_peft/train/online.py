@@ -32,12 +32,11 @@ from rrhf_peft.data.cleaning import Counts, Encoded, why_dropped, without_duplic
 from rrhf_peft.files import replace_text
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.scoring import CompositeScorer
 from rrhf_peft.records import GroupBatch, Mean, RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.sample.candidate import Candidate, Decoding
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
-from rrhf_peft.score.finish import combined
-from rrhf_peft.score.scorers import SCORERS
+from rrhf_peft.score.combine import combined
+from rrhf_peft.score.run import make_scorers
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.reference import adapter_off_log_probs, evaluating
 from rrhf_peft.train.splits import OnlinePrompt
@@ -323,10 +322,7 @@ def make_reward(section: Any, recipe: Recipe, seed: int, prompts: Sequence[Onlin
     sources = (names * 2)[: len(texts)]
     example = RankedGroup(prompts[0].prompt, texts, sources=sources)
 
-    parts = {section.name: section}
-    if isinstance(section, CompositeScorer):
-        parts = {label: part.scorer for label, part in section.parts.items()}
-    scorers = {label: SCORERS[own.name](own, recipe, seed, [example]) for label, own in parts.items()}
+    scorers = make_scorers(section, recipe, seed, [example])
 
     def reward(groups: Sequence[RankedGroup]) -> list[list[float | None]]:
         by_label = {label: scorer.score(groups) for label, scorer in scorers.items()}

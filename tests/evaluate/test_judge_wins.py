@@ -16,7 +16,7 @@ GROUPS = [("Q1", [("long answer", "short"), ("same", "same")]), ("Q2", [("x", "l
 
 def compare(script, groups=GROUPS, **settings):
     with judge_server(script) as (url, server):
-        section = JudgeScorer(name="judge", base_url=url, model="judge", first_wait=0.0, attempts=2, **settings)
+        section = JudgeScorer(name="judge", base_url=url, model="judge", first_wait=0.0, max_retries=1, **settings)
         return PairJudge(section).compare(groups), server
 
 

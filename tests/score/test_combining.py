@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rrhf_peft.score.combining import NORMALIZATIONS, least, reward_under_cost, share_beaten, weighted_sum
+from rrhf_peft.score.combine import NORMALIZATIONS, least, reward_under_cost, share_beaten, weighted_sum
 
 A = [[1.0, 3.0, None], [5.0, 3.0]]
 B = [[0.0, -1.0, 2.0], [None, 4.0]]

@@ -9,8 +9,7 @@ import krippendorff
 import pytest
 
 from rrhf_peft.records import UserError
-from rrhf_peft.score.annotations import agreement, merged_scores
-from rrhf_peft.score.ranking_sheet import key_path, read_ranks, write_sheet
+from rrhf_peft.score.people import agreement, key_path, merged_scores, read_ranks, write_sheet
 
 GROUPS = [(f"prompt {g}", [f'answer {g}{i}, with\nlines; and "quotes"' for i in range(3 + g % 2)]) for g in range(6)]
 
@@ -73,6 +72,37 @@ def test_ranks_come_back_to_their_responses(sheet):
 def test_a_sheet_with_answers_is_not_overwritten(sheet):
     with pytest.raises(UserError, match="may hold answers"):
         write_sheet(sheet, GROUPS, seed=3)
+
+
+def test_a_file_of_the_keys_name_is_not_overwritten_and_a_killed_hand_out_ends(sheet):
+    key = key_path(sheet)
+    sheet.unlink()  # killed between the key and the sheet
+    write_sheet(sheet, GROUPS, seed=3)
+    sheet.unlink()
+    key.write_text("somebody's notes\n")
+    with pytest.raises(UserError, match=r"sheet\.key\.jsonl: already exists, and it is not the key"):
+        write_sheet(sheet, GROUPS, seed=3)
+    assert key.read_text() == "somebody's notes\n"
+    assert not sheet.exists()
+
+
+FORMULAS = ["=HYPERLINK(1)", "+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "＝1", "'=1", "''+1", "plain", "'quoted'", ""]
+
+
+def test_a_csv_sheet_holds_no_formula_and_loses_no_text(tmp_path):
+    path = tmp_path / "sheet.csv"
+    write_sheet(path, [(FORMULAS[0], FORMULAS)], seed=0)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "＝")) for cell in row.values())
+    texts = [row["response"] for row in rows]
+    is_guarded = [text[:1] == "'" and text.lstrip("'")[:1] in tuple("=+-@\t\r＝") for text in texts]
+    assert sorted(text[guard:] for text, guard in zip(texts, is_guarded, strict=True)) == sorted(FORMULAS)
+    assert {"'-2+3", "plain", "'quoted'", "''=1"} <= set(texts)
+    assert rows[0]["prompt"] == "'=HYPERLINK(1)"
+    write_sheet(tmp_path / "lines.jsonl", [("=1", ["=1", "+2"])], seed=0)
+    assert {row["response"] for row in rows_of(tmp_path / "lines.jsonl")} == {"=1", "+2"}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,13 @@ from transformers import AutoModelForSequenceClassification
 
 from rrhf_peft.records import UserError
 from rrhf_peft.score.batches import TokenBudget
-from rrhf_peft.score.reward_model import RewardModel, TokenRow, label_index, load_sequence_classifier
-from rrhf_peft.score.value_head import load_value_head_model
+from rrhf_peft.score.reward_model import (
+    RewardModel,
+    TokenRow,
+    label_index,
+    load_sequence_classifier,
+    load_value_head_model,
+)
 
 CPU = {"revision": None, "dtype": torch.float32, "device": torch.device("cpu")}
 #: Lengths from one to many; the EOS (2) and the padding token (0) inside and at the end.
@@ -129,6 +134,45 @@ def test_a_value_head_checkpoint_is_whole_or_an_error(tmp_path, tiny_model_folde
     torch.save({**state, "v_head.weight": torch.zeros(1, 16)}, tmp_path / "hf_ckpt.pt")
     with pytest.raises(UserError, match="do not fit the architecture"):
         load_value_head_model(str(tmp_path), base=None, **CPU)
+
+
+def bfloat16_ties(model, head, rows):
+    """(rewards in float32, what a bfloat16 head would say) of hidden states that a bfloat16 backbone computed."""
+    backbone, inputs = model.base_model if head == "score" else model.transformer, []
+    with torch.no_grad():
+        for row in rows:
+            hidden = backbone(input_ids=torch.tensor([row]))[0][0, -1]
+            assert hidden.dtype == torch.bfloat16
+            inputs.append(hidden)
+    weight = getattr(model, head).weight
+    exact = [(hidden.double() @ weight.double().T).item() for hidden in inputs]
+    rounded = [(hidden @ weight.bfloat16().T).item() for hidden in inputs]
+    return exact, rounded
+
+
+@pytest.mark.parametrize("layout", ["sequence_classification", "value_head"])
+def test_the_head_of_a_bfloat16_model_computes_in_float32(tmp_path, tiny_model_folder, layout):
+    """Rewards between 8 and 16, where bfloat16 knows multiples of 1/16 only."""
+    options = {**CPU, "dtype": torch.bfloat16}
+    if layout == "value_head":
+        config, _, state = value_head_state(tiny_model_folder)
+        config.save_pretrained(tmp_path)
+        torch.save(state, tmp_path / "hf_ckpt.pt")
+        model, head = load_value_head_model(str(tmp_path), base=None, **options), "v_head"
+    else:
+        llama_classifier(tmp_path, tiny_model_folder)
+        model, head = load_sequence_classifier(str(tmp_path), **options), "score"
+    rows = [[5, 6, 7, n % 90 + 3, n // 90 + 3] for n in range(120)]
+    first, _ = bfloat16_ties(model, head, rows[:1])
+    with torch.no_grad():
+        getattr(model, head).weight.mul_(12.0 / first[0])  # a reward of 12, and others around it
+    exact, rounded = bfloat16_ties(model, head, rows)
+    near = [index for index, value in enumerate(exact) if 8 < abs(value) < 16]
+    assert len(near) > 10
+    assert len({rounded[index] for index in near}) < len({exact[index] for index in near})
+    rewards = scores(model, rows)
+    assert rewards == pytest.approx(exact, abs=1e-5)
+    assert len(set(rewards)) == len(set(exact))
 
 
 class _Harmful:

@@ -61,10 +61,10 @@ def test_the_rule_recipe_runs(candidates):
     result, output = run("rule.yaml", candidates)
     scores = [json.loads(line)["scores"] for line in output.read_text().splitlines()]
     assert all(own[0] > own[2] > own[1] for own in scores)
-    assert "win share" in result.output
+    assert "best of group" in result.output
     assert f"Done: {output}" in result.output
     result, _ = run("rule.yaml", candidates, "--overwrite", "--json")
-    assert json.loads(result.stdout)["report"]["sources"]["a"]["win_share"] == 1.0
+    assert json.loads(result.stdout)["report"]["sources"]["a"]["best_share"] == 1.0
 
 
 def test_the_policy_recipe_runs(candidates, tmp_path, tiny_model_folder):

@@ -12,7 +12,7 @@ from judge_server import judge_server, labelled_in, response_in
 from rrhf_peft.data import read_groups
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
-from rrhf_peft.score.judge_replies import BadReplyError, parse_aspects, parse_ranks
+from rrhf_peft.score.judge import BadReplyError, parse_aspects, parse_ranks
 from rrhf_peft.score.run import score_recipe
 
 ASPECTS = ("relevance", "correctness", "coherence", "safety")
@@ -133,7 +133,7 @@ def test_lasting_faults_are_kept_with_their_reasons_and_become_no_score(tmp_path
         return faults.get(response_in(call["messages"])) or honest(call["messages"])
 
     with judge_server(script) as (url, _):
-        outcome = run(tmp_path, url, attempts=2)
+        outcome = run(tmp_path, url, max_retries=1)
     rows, failed = rows_of(outcome.output), rows_of(outcome.failures)
     assert len(rows) == 11
     assert [row["prompt"] for row in failed] == [f"question {g}" for g in range(11)]
@@ -219,7 +219,7 @@ def test_a_spent_budget_stops_and_goes_on_where_it_was(tmp_path):
 def test_a_dead_endpoint_and_a_wrong_key_stop_the_run(tmp_path):
     write_candidates(tmp_path / "candidates.jsonl")
     with judge_server(lambda call: ("status", 503)) as (url, _), pytest.raises(UserError, match="not one of 16"):
-        run(tmp_path, url, attempts=1)
+        run(tmp_path, url, max_retries=0)
     with judge_server(lambda call: ("status", 401)) as (url, _), pytest.raises(UserError, match="http 401"):
         run(tmp_path, url)
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rrhf_peft.data import read_groups
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
+from rrhf_peft.score.reward_model import RewardTexts
 from rrhf_peft.score.run import score_recipe
-from rrhf_peft.score.texts import RewardTexts
 from rrhf_peft.train.run import train_recipe
 
 RULE = {"name": "rule", "function": "score_rules:slow_length"}
@@ -66,9 +66,9 @@ def test_candidates_become_ranked_data_with_raw_scores_and_meta(tmp_path):
         "mean": pytest.approx(4 / 3),
         "std": pytest.approx((2 / 9) ** 0.5),
         "mean_of_max": 1.5,
-        "win_share": 0.25,
+        "best_share": 0.25,
     }
-    assert report.sources["y"]["win_share"] == 0.75
+    assert report.sources["y"]["best_share"] == 0.75
 
 
 def test_ranked_data_keeps_its_scores_as_raw_ones(tmp_path):
@@ -94,6 +94,56 @@ def test_a_group_of_one_goes_to_the_failures_and_the_input_is_never_the_output(t
         score(tmp_path, RULE, output=str(tmp_path / "in.jsonl"))
     with pytest.raises(UserError, match=r"in\.jsonl:1: responses\[0\]"):
         score(tmp_path, RULE, [{"prompt": "p", "responses": [3]}], output=str(tmp_path / "other.jsonl"))
+
+
+def test_groups_without_responses_are_set_apart_and_counted(tmp_path):
+    """As sampling writes them where every request failed."""
+    empty = {"prompt": "none", "responses": [], "sources": [], "meta": {"removed": [{"reason": "missing"}]}}
+    parts = {"length": {"scorer": RULE, "normalize": "zscore"}, "as": {"scorer": COST, "normalize": "rank"}}
+    for name, scorer in {"rule": RULE, "composite": {"name": "composite", "parts": parts}}.items():
+        output = str(tmp_path / f"{name}.jsonl")
+        outcome, scored = score(tmp_path, scorer, [empty, *CANDIDATES, empty], output=output, unit_groups=1)
+        assert [row["prompt"] for row in scored] == [row["prompt"] for row in CANDIDATES]
+        assert [(row["prompt"], row["responses"], row["group_kept"]) for row in read(outcome.failures)] == [
+            ("none", [], False)
+        ] * 2
+        assert (outcome.report.groups, outcome.report.groups_without_responses, outcome.report.groups_kept) == (4, 2, 2)
+        assert outcome.report.failures == {}
+    with pytest.raises(UserError, match=r"none of the 2 groups has a response"):
+        score(tmp_path, RULE, [empty, empty], output=str(tmp_path / "nothing.jsonl"))
+
+
+def test_a_rule_may_leave_responses_without_a_score(tmp_path):
+    outcome, scored = score(tmp_path, {"name": "rule", "function": "score_rules:skips_b"}, CANDIDATES[:1])
+    assert (scored[0]["responses"], scored[0]["scores"]) == (["aa", "a"], [2.0, 1.0])
+    assert outcome.report.failures == {"the rule gives no score": 1}
+    assert read(outcome.failures)[0]["left_out"] == {"1": "the rule gives no score"}
+
+
+def test_a_rule_that_fails_is_told_with_its_group_and_costs_nothing_that_was_there(tmp_path):
+    score(tmp_path, RULE, CANDIDATES)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    section = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "out.jsonl")}
+    for function, message in (
+        ("score_rules:no_such_rule", "has no 'no_such_rule'"),
+        ("no_such_rules:rule", "no module 'no_such_rules'"),
+        ("score_rules:stops_at_messages", r"group 1 \(from 0\), prompt 'hé\?': it fails with a call of sys\.exit\(0\)"),
+    ):
+        recipe = make_recipe(
+            {"scoring": {**section, "scorer": {"name": "rule", "function": function}}}, needs=["scoring"]
+        )
+        with pytest.raises(UserError, match=message):
+            score_recipe(recipe, overwrite=True, console=Console(quiet=True))
+        assert function.endswith("messages") or (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_scores_that_are_no_numbers_any_more_are_refused(tmp_path):
+    huge = {"name": "source", "scores": {"x": 1e30, "*": -1e30}}
+    parts = {"huge": {"scorer": huge, "weight": 1e6}, "as": {"scorer": COST}}
+    with pytest.raises(UserError, match=r"score of a response of group 0 \(from 0\) is 1e\+36, beyond 1e\+30"):
+        score(tmp_path, {"name": "composite", "parts": parts}, CANDIDATES)
+    with pytest.raises(UserError, match=r"is 1e\+308, beyond 1e\+30"):
+        score(tmp_path, {"name": "source", "scores": {"*": 1e308}}, output=str(tmp_path / "other.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +243,7 @@ def test_a_sentiment_model_and_vader_score_what_then_trains(tmp_path, shared_dat
     outcome, scored = score(tmp_path, {"name": "composite", "parts": parts}, rows)
     right = sum(row["raw_scores"]["model"][1] > row["raw_scores"]["model"][0] for row in scored)
     assert right > 70
-    assert outcome.report.sources["positive"]["win_share"] > 0.7
+    assert outcome.report.sources["positive"]["best_share"] > 0.7
     run = {
         "model": {"name": str(tiny_model_folder)},
         "data": {"train": str(outcome.output), "max_tokens": 128},

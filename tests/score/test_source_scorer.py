@@ -9,8 +9,8 @@ from rich.console import Console
 
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
+from rrhf_peft.score.rule import source_score
 from rrhf_peft.score.run import score_recipe
-from rrhf_peft.score.source import source_score
 
 
 @pytest.mark.parametrize(
