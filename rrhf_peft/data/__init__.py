@@ -5,28 +5,46 @@ from rrhf_peft.data.example_view import render_example
 from rrhf_peft.data.formats import IMPORTERS
 from rrhf_peft.data.ranked_statistics import RankedStatistics, SourceReport, ranked_statistics
 from rrhf_peft.data.reading import ConversionReport, convert, hold_out, read_groups, write_ranked
-from rrhf_peft.data.report import DataReport
-from rrhf_peft.data.report_view import report_table
+from rrhf_peft.data.report import DataReport, report_table
 from rrhf_peft.data.score_plots import plot_scores
-from rrhf_peft.data.templates import TEMPLATES
-from rrhf_peft.data.tokenizing import tokenize_groups
+from rrhf_peft.data.templates import (
+    TEMPLATES,
+    chat_messages,
+    end_of_response_ids,
+    prompt_text,
+    render_chat,
+    stop_token_ids,
+    tokenization_fingerprint,
+    transcript,
+)
+from rrhf_peft.data.tokenizing import Encoder, continuation_ids, tokenize_every_response, tokenize_groups
 
 __all__ = [
     "IMPORTERS",
     "TEMPLATES",
     "ConversionReport",
     "DataReport",
+    "Encoder",
     "GroupCollator",
     "RankedStatistics",
     "SourceReport",
+    "chat_messages",
+    "continuation_ids",
     "convert",
+    "end_of_response_ids",
     "hold_out",
     "plot_scores",
+    "prompt_text",
     "ranked_statistics",
     "read_groups",
+    "render_chat",
     "render_example",
     "report_table",
     "source_names",
+    "stop_token_ids",
+    "tokenization_fingerprint",
+    "tokenize_every_response",
     "tokenize_groups",
+    "transcript",
     "write_ranked",
 ]

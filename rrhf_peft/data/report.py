@@ -10,15 +10,15 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from rrhf_peft.data.rank_correlation import mean_rank_correlation
 from rrhf_peft.records import TokenizedGroup
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class DataReport:
         responses_truncated: Responses that lost their end and EOS, those merged or dropped later as well.
         empty_prompts: Prompts without a token besides the BOS or EOS that starts them.
         repeated_prompts: Groups whose prompt ids an earlier group has too.
+        responses_as_sampled: Responses that are the very tokens that were sampled. This and the next four count before
+            duplicates are merged and groups dropped.
+        responses_without_end: Responses that sampling had cut at its length; they get no end token.
+        lengths_unlike_sampled: Responses whose text has another number of tokens than were sampled for it.
+        seams_merged: Responses whose first characters the tokenizer would merge with the prompt's last ones.
+        lost_characters: Character that the tokenizer cannot give back -> responses that have it.
+        end_of_response: What ends a response, as text.
+        chat_template_ignored: The template is ``raw``, and the tokenizer has a chat template.
         k_histogram: Responses per group -> groups.
         score_mean: Over all responses.
         score_std: Population standard deviation over all responses.
@@ -77,6 +85,13 @@ class DataReport:
     responses_truncated: int
     empty_prompts: int
     repeated_prompts: int
+    responses_as_sampled: int
+    responses_without_end: int
+    lengths_unlike_sampled: int
+    seams_merged: int
+    lost_characters: dict[str, int]
+    end_of_response: str
+    chat_template_ignored: bool
     k_histogram: dict[int, int]
     score_mean: float
     score_std: float
@@ -102,8 +117,6 @@ class DataReport:
         return values
 
     def __rich__(self) -> RenderableType:
-        from rrhf_peft.data.report_view import report_table
-
         return report_table(self)
 
 
@@ -179,3 +192,121 @@ def _fingerprint(groups: Sequence[TokenizedGroup]) -> str:
             name = source.encode("utf-8")
             digest.update(struct.pack("<q", len(name)) + name)
     return digest.hexdigest()
+
+
+# ---- As a table that reads at 80 columns, with or without colour ----
+
+#: Sources shown; data sets with hundreds of them name the rest in one line.
+_SOURCES_SHOWN = 20
+
+_REASONS = {
+    "overlong_prompt": "with a prompt over the limit",
+    "no_response": "without a response that is not empty",
+    "single_response": "with a single response left, nothing to rank",
+    "no_ordered_pair": "with no two scores far enough apart",
+}
+_HOW = {
+    "equal_text": "equal text",
+    "equal_tokens": "equal tokens, text differs",
+    "equal_after_truncation": "equal after truncation",
+}
+
+
+def report_table(report: DataReport) -> RenderableType:
+    """The whole report: a table of facts, and one of sources."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(report):
+        facts.add_row(Text(name), Text(value))
+    return Group(Text("Data report", style="bold underline"), facts, Text(), _source_table(report))
+
+
+def _facts(report: DataReport) -> list[tuple[str, str]]:
+    r = report
+    dropped = sum(r.groups_dropped.values())
+    merged = sum(r.duplicates_merged.values())
+    facts = [("groups", f"{r.groups_kept:,} kept of {r.groups_read:,} read, {dropped:,} dropped")]
+    facts += [("", f"- {count:,} {_REASONS[reason]}") for reason, count in r.groups_dropped.items()]
+    facts += [
+        ("responses", f"{r.responses_kept:,} kept of {r.responses_read:,} read"),
+        ("", f"- {r.empty_responses:,} empty, rejected"),
+        ("", f"- {merged:,} duplicates, merged{_in_brackets(r.duplicates_merged)}"),
+        ("", f"- {r.responses_in_dropped_groups:,} in dropped groups"),
+    ]
+    if r.conflicting_duplicates:
+        facts.append(("", f"{r.conflicting_duplicates:,} had duplicates with other scores: the mean was taken"))
+    if "equal_after_truncation" in r.duplicates_merged:
+        facts.append(("", "truncation made responses equal: raise max_tokens or set max_prompt_tokens lower"))
+    if r.repeated_prompts:
+        facts.append(("prompts", f"{r.repeated_prompts:,} groups repeat the prompt of an earlier one"))
+    if r.empty_prompts:
+        facts.append(("", f"{r.empty_prompts:,} empty prompts"))
+    correlation = "undefined" if r.score_length_correlation is None else f"{r.score_length_correlation:+.2f}"
+    facts += [
+        ("k, responses", _histogram(r.k_histogram)),
+        ("scores", f"mean {_number(r.score_mean)}, std {_number(r.score_std)}"),
+        ("", f"mean of each group's best {_number(r.score_mean_of_max)} (the policy's reward approaches it)"),
+        ("", f"rank correlation with length {correlation} (Spearman, mean over groups)"),
+        ("pairs", f"{r.pairs:,}, of which {r.ordered_pairs:,} ordered"),
+        ("", f"{r.tie_rate:.1%} tied ({r.tie_rate_read:.1%} as read)"),
+        ("prompt tokens", _in_percentiles(r.prompt_tokens)),
+        ("", f"{r.prompts_truncated:,} lost their beginning ({_prompt_limit(r.settings['max_prompt_tokens'])})"),
+        ("response tokens", _in_percentiles(r.response_tokens)),
+        ("", f"{r.responses_truncated:,} lost their end (prompt + response limit {r.settings['max_tokens']:,})"),
+        ("tokens", f"{r.tokens:,} per epoch; {r.tokens_plain:,} with the prompt repeated k times"),
+        ("", f"sharing the prompt saves {r.sharing_saves:.1%}"),
+        ("template", f"{r.settings['template']}; responses end with {r.end_of_response}"),
+    ]
+    if r.responses_as_sampled:
+        facts.append(("", f"{r.responses_as_sampled:,} responses are the tokens that were sampled"))
+    if r.responses_without_end:
+        facts.append(("", f"{r.responses_without_end:,} were cut when sampled: they get no end"))
+    if r.lengths_unlike_sampled:
+        facts.append(("", f"{r.lengths_unlike_sampled:,} have another number of tokens than were sampled"))
+    if r.seams_merged:
+        facts.append(("", f"{r.seams_merged:,} would share a token with their prompt, and were set apart"))
+    if r.lost_characters:
+        facts.append(("warning", f"the tokenizer loses characters: {_lost(r.lost_characters)}"))
+    if r.chat_template_ignored:
+        facts.append(("warning", "template raw ignores the tokenizer's chat template; for a chat model set chat"))
+    return [*facts, ("fingerprint", r.fingerprint[:16])]
+
+
+def _lost(characters: dict[str, int]) -> str:
+    most = sorted(characters.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{one!r} in {count:,} responses" for one, count in most[:5])
+    return shown + (f", and {len(most) - 5:,} more" if len(most) > 5 else "")
+
+
+def _source_table(report: DataReport) -> Table:
+    table = Table("source", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("responses", justify="right")
+    table.add_column("mean score", justify="right")
+    sources = list(report.sources.items())
+    for source, own in sources[:_SOURCES_SHOWN]:
+        table.add_row(Text(source), f"{own['count']:,}", _number(own["mean_score"]))
+    if len(sources) > _SOURCES_SHOWN:
+        table.add_row(f"and {len(sources) - _SOURCES_SHOWN:,} more", "", "")
+    return table
+
+
+def _prompt_limit(limit: int | None) -> str:
+    return "the longest response comes first, up to half" if limit is None else f"limit {limit:,}"
+
+
+def _in_brackets(how: dict[str, int]) -> str:
+    return f" ({'; '.join(f'{count:,} {_HOW[name]}' for name, count in how.items())})" if how else ""
+
+
+def _histogram(counts: dict[int, int]) -> str:
+    parts = [f"{k} in {count:,}" for k, count in sorted(counts.items(), reverse=True)]
+    return ", ".join([parts[0] + " groups", *parts[1:]])
+
+
+def _in_percentiles(values: dict[str, int]) -> str:
+    return "  ".join(f"{name} {value:,}" for name, value in values.items())
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"

@@ -113,17 +113,28 @@ class Row:
         return self.messages(name) if isinstance(self.values.get(name), list) else self.text(name)
 
     def messages(self, name: str) -> list[Message]:
-        """A field that must be a non-empty list of ``{"role": ..., "content": ...}``; other keys are left out."""
+        """A field that must be a non-empty list of ``{"role": ..., "content": ...}``.
+
+        All other keys that are filled stay (``tool_calls``, ``name``, ``reasoning_content`` ...): a template reads
+        them, or refuses them. A message of tool calls alone may have no content.
+        """
         messages = []
         for index, value in enumerate(self.items(name)):
             field = f"{name}[{index}]"
-            if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
+            calls = isinstance(value, dict) and value.get("tool_calls")
+            if not isinstance(value, dict) or "role" not in value or not ("content" in value or calls):
                 found = ", ".join(map(repr, value)) if isinstance(value, dict) else _kind(value)
                 raise self.problem(
                     f'{self.prefix}{field} is not a chat message ({found}). Write {{"role": "user", "content": "..."}}.'
                 )
-            role, content = (self.as_text(value[key], f"{field}.{key}") for key in ("role", "content"))
-            messages.append({"role": role, "content": content})
+            content = value.get("content")
+            message = {
+                "role": self.as_text(value["role"], f"{field}.role"),
+                "content": "" if calls and content is None else self.as_text(content, f"{field}.content"),
+            }
+            # Arrow fills keys that a message lacks with None.
+            rest = {key: own for key, own in value.items() if key not in message and own not in (None, [], {})}
+            messages.append({**message, **rest})
         return messages
 
     def items(self, name: str) -> list[Any]:

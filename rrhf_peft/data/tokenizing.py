@@ -1,47 +1,141 @@
-"""Ranked groups into token ids: templating, one BOS and one EOS, truncation, clean-up, and the count of it all.
+"""Ranked groups into token ids: templating, one BOS and one end, truncation, clean-up, and the count of it all.
 
-A sequence is ``[BOS] prompt | response EOS``. Prompt and response are tokenised apart and nothing stands
-between them, so all k responses of a group share the same prompt ids.
+A sequence is ``[BOS] prompt | response end``. All k responses of a group share the prompt's ids, and each response is
+tokenised as the continuation of its prompt, as generation would write it:
 
-Decisions, besides those of `cleaning`:
+    * A response that was sampled under the same tokenizer and template (`RankedGroup.token_ids`) is trained on as the
+      very tokens that were sampled.
+    * Any other is tokenised together with the end of its prompt and split at the seam. Where the tokenizer would merge
+      characters of both sides into one token, the prompt's ids stay as they are, because a model that continues the
+      prompt starts from them, and the response is tokenised as it is after a line break or a full stop (counted as
+      `seams_merged`).
+    * Special tokens spelled out in a response are plain text: ``<s>`` is also HTML. In prompts, which may be written
+      in a model's own control tokens, special tokens are special. A response that already ends with the EOS text is
+      not ended twice.
+    * A response that sampling cut at its length (`finish_reasons`) gets no end: the policy did not end there.
+
+Other decisions:
     * Without a prompt limit of its own, a prompt is shortened only where it and the group's longest response
       do not fit together, and then by as little as makes room for that response; but it always keeps half
       of the tokens, and responses that need more than the other half lose their end.
-    * A response that already ends with the EOS text does not get a second one. Any other special token
-      spelled out in a response is plain text: ``<s>`` is also HTML. In prompts, which may be written
-      in a model's own control tokens, special tokens are special.
     * A chat template says itself whether there is a BOS, as at inference: none is added to what it writes.
     * A tokenizer without BOS adds none. Where that leaves a prompt without any token, EOS starts the
       sequence, because the first response token needs something to be predicted from.
+    * A response of white space only, or one that yields no tokens, is empty and rejected.
+    * Two responses of a group with the same text or the same token ids, after truncation, are duplicates, unless one
+      was cut and the other ended: the first stays, credited to all who wrote it. Equal scores stay as they are;
+      different scores are a conflict, and their mean is taken.
+    * Under a ranking objective a group needs two responses whose scores differ by more than the gap.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.data.cleaning import Counts, Encoded, no_data_left, why_dropped, without_duplicates
 from rrhf_peft.data.report import DataReport, make_report
-from rrhf_peft.data.templates import TEMPLATES, Template
+from rrhf_peft.data.templates import (
+    TEMPLATES,
+    Frame,
+    added_tokens,
+    prompt_text,
+    response_frame,
+    tokenization_fingerprint,
+)
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 
 #: Groups that the tokenizer sees at once: enough to keep its threads busy, few enough to hold as lists.
 _BATCH = 256
 
+#: Characters of the prompt's end that a response is tokenised with; more cannot change its tokens.
+_CONTEXT = 200
+
+#: Texts after which a response is tokenised where it would merge with its prompt.
+_ANCHORS = ("\n", ".", "a")
+
+
+# ---- Texts as the continuation of texts ----
+
+
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of each text as it stands after its prompt, nothing added; see the module's docstring.
+
+    Training, policy scores, likelihoods and perplexity all tokenise responses with this.
+    """
+    return _continuations(tokenizer, prompts, texts)[0]
+
+
+def _continuations(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: Sequence[str]
+) -> tuple[list[list[int]], list[bool]]:
+    """The token ids of each text, and whether it would have merged with its prompt."""
+    added = added_tokens(tokenizer)
+    contexts = {prompt: _context(prompt, added) for prompt in set(prompts)}
+    found: list[list[int]] = [[] for _ in texts]
+    merged = [False] * len(texts)
+    # Where a text spells a special token, neither it nor the end of its prompt is read for special tokens.
+    for spells in (False, True):
+        chosen = [
+            index
+            for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+            if (added.search(contexts[prompt][1] + text) is not None) == spells
+        ]
+        befores = ["".join(contexts[prompts[index]][spells:]) or _ANCHORS[0] for index in chosen]
+        alone = dict(zip(set(befores), _encode(tokenizer, list(set(befores)), special=not spells), strict=True))
+        joined = [before + texts[index] for index, before in zip(chosen, befores, strict=True)]
+        for index, before, ids in zip(chosen, befores, _encode(tokenizer, joined, special=not spells), strict=True):
+            start = alone[before]
+            merged[index] = ids[: len(start)] != start
+            found[index] = _after_anchor(tokenizer, texts[index]) if merged[index] else ids[len(start) :]
+    return found, merged
+
+
+def _context(prompt: str, added: re.Pattern[str]) -> tuple[str, str]:
+    """The prompt's last special token, where it is near the end, and the text behind it, at most `_CONTEXT` long."""
+    last = max(added.finditer(prompt), key=re.Match.start, default=None)
+    tail = prompt[last.end() :] if last else prompt
+    if len(tail) <= _CONTEXT:
+        return (last[0] if last else ""), tail
+    tail = tail[-_CONTEXT:]
+    space = re.search(r"\s", tail)
+    return "", tail[space.start() :] if space else tail
+
+
+def _after_anchor(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text after a text that it does not merge with; special tokens in it are plain text."""
+    for anchor in _ANCHORS:
+        start, ids = _encode(tokenizer, [anchor, anchor + text], special=False)
+        if ids[: len(start)] == start:
+            return ids[len(start) :]
+    return _encode(tokenizer, [text], special=False)[0]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
+    """Token ids of each text, nothing added; `special` says whether special tokens in the text are special."""
+    if not texts:
+        return []
+    # verbose=False silences the warning about texts beyond the model's length: they are cut here.
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=not special, verbose=False)
+    return encoded["input_ids"]
+
+
+# ---- Groups ----
+
 
 @dataclass(frozen=True)
 class Limits:
-    """The special tokens and lengths that shape a sequence.
+    """How long a sequence may be; `prompt` is None where the user has set no limit for prompts."""
 
-    `bos` is None where the tokenizer has none, `prompt` where the user has set no limit for prompts.
-    """
-
-    bos: int | None
-    eos: int
     prompt: int | None
     total: int
 
@@ -49,23 +143,264 @@ class Limits:
         """How many tokens, BOS included, a prompt with these responses may have."""
         if self.prompt is not None:
             return self.prompt
-        longest = max((len(response.ids) for response in responses if not response.is_empty), default=0) + 1
+        longest = max((len(response.ids) for response in responses if not response.is_empty), default=1)
         half = self.total - self.total // 2
         return max(self.total - longest, half)
 
 
 @dataclass(frozen=True)
-class _Prompt:
-    """A prompt within its limit; `num_tokens` is its length before it was cut, BOS included."""
+class Encoded:
+    """A response before truncation.
 
-    ids: array[int]
-    num_tokens: int
-    limit: int
-    is_empty: bool
+    Attributes:
+        text: As the template has it.
+        ids: Its tokens, with its end unless it was cut when it was sampled.
+        was_cut: Sampling cut it at its length.
+        as_sampled: The ids are those that were sampled.
+        seam_merged: Tokenised with its prompt it would have shared a token with it.
+        unlike_sampled: It is known how many tokens were sampled, and these are not as many.
+    """
+
+    text: str
+    ids: list[int]
+    was_cut: bool = False
+    as_sampled: bool = False
+    seam_merged: bool = False
+    unlike_sampled: bool = False
 
     @property
-    def is_overlong(self) -> bool:
-        return self.num_tokens > self.limit
+    def is_empty(self) -> bool:
+        """No tokens, or nothing but white space."""
+        return not self.ids or not self.text.strip()
+
+
+class Encoder:
+    """Prompts and responses of groups as token ids, by the rules of this module.
+
+    Args:
+        tokenizer: The policy's.
+        template: A name in `TEMPLATES`.
+
+    Raises:
+        UserError: unknown template, no EOS, or no chat template under template ``chat``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        if template not in TEMPLATES:
+            nearest = difflib.get_close_matches(template, TEMPLATES, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known templates: {', '.join(TEMPLATES)}."
+            raise UserError(f"template {template!r}: there is no such template; {hint}")
+        self.tokenizer, self.template, self.form = tokenizer, template, TEMPLATES[template]
+        if tokenizer.eos_token_id is None:
+            response_frame(tokenizer, "raw")  # raises
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What the template puts around a response; after the prompts, whose errors name their group."""
+        return response_frame(self.tokenizer, self.template)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of tokenizer and template; tokens sampled under the same one are trained on as they are."""
+        return tokenization_fingerprint(self.tokenizer, self.template)
+
+    def prompt_texts(self, groups: Sequence[RankedGroup]) -> list[str]:
+        """The text of each group's prompt.
+
+        Raises:
+            UserError: the template cannot say a prompt; names the group.
+        """
+        return [prompt_text(group, self.tokenizer, self.template) for group in groups]
+
+    def prompt_ids(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """For each prompt's text its head, which truncation keeps (the one BOS, if any), and its other tokens.
+
+        Both are empty only for an empty prompt of a tokenizer without BOS whose template writes none either; then EOS
+        is the head, because the first token of a response needs something to be predicted from.
+        """
+        bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+        found = []
+        for ids in _encode(self.tokenizer, list(texts), special=True):
+            brought = bos if bos and ids[:1] == bos else []  # a template, or the text itself, may have written it
+            head, body = (brought if self.form.writes_bos else bos), ids[len(brought) :]
+            if not head and not body:
+                head = bos or [int(self.tokenizer.eos_token_id)]
+            found.append((head, body))
+        return found
+
+    def responses(self, groups: Sequence[RankedGroup], prompts: Sequence[str]) -> list[list[Encoded]]:
+        """Every response of each group as tokens; `prompts` are the texts of the groups' prompts."""
+        texts = [self._text(text) for group in groups for text in group.responses]
+        befores = [
+            prompt + self.frame.lead for prompt, group in zip(prompts, groups, strict=True) for _ in group.responses
+        ]
+        bodies, merged = _continuations(self.tokenizer, befores, texts)
+        sampled = self._sampled_ids(groups)
+        found: list[list[Encoded]] = []
+        index = 0
+        lead = self.tokenizer(self.frame.lead, add_special_tokens=False)["input_ids"] if self.frame.lead else []
+        for group in groups:
+            encoded = []
+            for number in range(len(group.responses)):
+                encoded.append(
+                    self._encoded(group, number, texts[index], [*lead, *bodies[index]], merged[index], sampled[index])
+                )
+                index += 1
+            found.append(encoded)
+        return found
+
+    def _text(self, response: str) -> str:
+        return (
+            self.form.response(response).removesuffix(str(self.tokenizer.eos_token)).removesuffix(self.frame.end_text)
+        )
+
+    def _encoded(
+        self, group: RankedGroup, number: int, text: str, body: list[int], merged: bool, sampled: list[int] | None
+    ) -> Encoded:
+        was_cut = group.finish_reasons[number] == "length"
+        if sampled is not None:
+            ends = {self.frame.end[-1], self.tokenizer.eos_token_id, *self.tokenizer.all_special_ids}
+            end = [] if was_cut or sampled[-1] in ends else self.frame.end
+            return Encoded(text, [*sampled, *end], was_cut, as_sampled=True)
+        ids = [*body, *([] if was_cut or not body else self.frame.end)]
+        length = group.num_tokens[number]
+        differs = length is not None and group.finish_reasons[number] != "stop" and length != len(ids)
+        return Encoded(text, ids, was_cut, seam_merged=merged, unlike_sampled=differs)
+
+    def _sampled_ids(self, groups: Sequence[RankedGroup]) -> list[list[int] | None]:
+        """The sampled tokens of each response, where they are this tokenizer's and still spell its text."""
+        ids: list[list[int] | None] = [
+            None
+            if tokens is None or not len(tokens) or reason == "stop" or tokenizer != self.fingerprint
+            else list(tokens)
+            for group in groups
+            for tokens, reason, tokenizer in zip(group.token_ids, group.finish_reasons, group.tokenizers, strict=True)
+        ]
+        known = [(index, tokens) for index, tokens in enumerate(ids) if tokens is not None]
+        if not known:
+            return ids
+        texts = [text for group in groups for text in group.responses]
+        spelled = self.tokenizer.batch_decode(
+            [tokens for _, tokens in known], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for (index, _), text in zip(known, spelled, strict=True):
+            if text.strip() != texts[index].strip():  # somebody has edited the text
+                ids[index] = None
+        return ids
+
+
+# ---- What stays ----
+
+
+@dataclass
+class Counts:
+    """What happened on the way from ranked to tokenized groups; `DataReport` explains each."""
+
+    groups_read: int = 0
+    responses_read: int = 0
+    pairs_read: int = 0
+    tied_pairs_read: int = 0
+    groups_dropped: Counter[str] = field(default_factory=Counter)
+    responses_in_dropped_groups: int = 0
+    empty_responses: int = 0
+    duplicates_merged: Counter[str] = field(default_factory=Counter)
+    conflicting_duplicates: int = 0
+    prompts_truncated: int = 0
+    responses_truncated: int = 0
+    empty_prompts: int = 0
+    responses_as_sampled: int = 0
+    responses_without_end: int = 0
+    lengths_unlike_sampled: int = 0
+    seams_merged: int = 0
+    lost_characters: Counter[str] = field(default_factory=Counter)
+
+    def read(self, group: RankedGroup) -> None:
+        """Count a group as the file has it."""
+        scores = group.known_scores
+        self.groups_read += 1
+        self.responses_read += len(group.responses)
+        self.pairs_read += math.comb(len(scores), 2)
+        self.tied_pairs_read += sum(math.comb(count, 2) for count in Counter(scores).values())
+
+    def encoded(self, responses: Sequence[Encoded]) -> None:
+        """Count how a group's responses became tokens."""
+        self.responses_as_sampled += sum(response.as_sampled for response in responses)
+        self.responses_without_end += sum(response.was_cut for response in responses)
+        self.lengths_unlike_sampled += sum(response.unlike_sampled for response in responses)
+        self.seams_merged += sum(response.seam_merged for response in responses)
+
+    def dropped(self, reason: str, num_responses: int) -> None:
+        """Count a group as dropped, with the responses that are lost with it."""
+        self.groups_dropped[reason] += 1
+        self.responses_in_dropped_groups += num_responses
+
+
+@dataclass
+class Kept:
+    """A response that stays, cut to length, with the sources and scores of all its duplicates.
+
+    `index` is the first one's position in its group.
+    """
+
+    index: int
+    ids: array[int]
+    sources: list[str]
+    scores: list[float]
+
+    @property
+    def source(self) -> str:
+        """Who wrote it; of several, all of them."""
+        return " & ".join(dict.fromkeys(self.sources))
+
+    @property
+    def score(self) -> float:
+        if not self.is_conflict:
+            return self.scores[0]
+        return math.fsum(score / len(self.scores) for score in self.scores)
+
+    @property
+    def is_conflict(self) -> bool:
+        return len(set(self.scores)) > 1
+
+
+def without_duplicates(group: RankedGroup, responses: Sequence[Encoded], room: int, counts: Counts) -> list[Kept]:
+    """The group's responses cut to `room` tokens, without empty ones and duplicates."""
+    whole: set[bytes] = set()
+    by_text: dict[tuple[str, bool], Kept] = {}
+    by_ids: dict[bytes, Kept] = {}
+    kept: list[Kept] = []
+    entries = zip(responses, group.known_scores, group.sources, strict=True)
+    for index, (encoded, score, source) in enumerate(entries):
+        if encoded.is_empty:
+            counts.empty_responses += 1
+            continue
+        ids = array("i", encoded.ids[:room])
+        counts.responses_truncated += len(ids) < len(encoded.ids)
+        full, key, text = array("i", encoded.ids).tobytes(), ids.tobytes(), (encoded.text, encoded.was_cut)
+        first = by_text.get(text) or by_ids.get(key)
+        if first is not None:
+            first.scores.append(score)
+            first.sources.append(source)
+            how = "equal_text" if text in by_text else "equal_tokens" if full in whole else "equal_after_truncation"
+            counts.duplicates_merged[how] += 1
+        else:
+            first = Kept(index, ids, [source], [score])
+            kept.append(first)
+        by_text[text] = by_ids[key] = first
+        whole.add(full)
+    counts.conflicting_duplicates += sum(response.is_conflict for response in kept)
+    return kept
+
+
+def why_dropped(scores: Sequence[float], needs_pairs: bool, min_score_gap: float) -> str | None:
+    """The reason to drop a group whose remaining responses have these scores, or None to keep it."""
+    if not scores:
+        return "no_response"
+    if needs_pairs and len(scores) == 1:
+        return "single_response"
+    if needs_pairs and not max(scores) - min(scores) > min_score_gap:
+        return "no_ordered_pair"
+    return None
 
 
 def tokenize_groups(
@@ -82,50 +417,60 @@ def tokenize_groups(
     """Turn groups into token ids by the rules above, and report what became of them.
 
     Args:
+        groups: Ranked groups; all responses have scores.
+        tokenizer: The policy's.
         template: A name in `TEMPLATES`.
         max_prompt_tokens: Longest prompt, BOS included. None: `max_tokens` less the group's longest response,
             but at least half of `max_tokens`.
-        max_tokens: Longest prompt + response, BOS and EOS included. Longer responses lose their end and EOS.
+        max_tokens: Longest prompt + response, BOS and end included. Longer responses lose their end.
         overlong_prompt: ``truncate`` cuts the beginning and keeps the BOS, ``drop`` drops the group,
             ``error`` stops.
         needs_pairs: Drop groups in which no two scores differ by more than `min_score_gap`.
+        min_score_gap: See there.
 
     Returns:
         The groups that stay, in order, with ``index`` their position in `groups`; and the report.
 
     Raises:
-        UserError: no group is left; a prompt is too long under ``error``; the tokenizer has no EOS, or no
-            chat template under template ``chat``; impossible limits.
+        UserError: no group is left; a prompt is too long under ``error``; a response has no score; the tokenizer has
+            no EOS, or no chat template under template ``chat``; impossible limits.
     """
-    form = _template(template)
-    limits = _limits(tokenizer, max_prompt_tokens, max_tokens)
+    encoder = Encoder(tokenizer, template)
+    limits = _limits(max_prompt_tokens, max_tokens)
     if overlong_prompt not in ("truncate", "drop", "error"):
         raise UserError(f"overlong_prompt {overlong_prompt!r}: there is no such choice. Use truncate, drop or error.")
     counts = Counts()
     kept: list[TokenizedGroup] = []
-    for index, prompt, responses in _token_ids(groups, tokenizer, form, limits):
+    characters: Counter[str] = Counter()
+    for index, head, body, responses in _token_ids(groups, encoder):
         group = groups[index]
         counts.read(group)
-        if prompt.is_overlong and overlong_prompt == "error":
+        for response in responses:
+            characters.update(set(response.text))
+        length, limit = len(head) + len(body), limits.for_prompt(responses)
+        if length > limit and overlong_prompt == "error":
             raise UserError(
-                f"{where_is(group, index)}: the prompt has {prompt.num_tokens} tokens and the limit is {prompt.limit}. "
+                f"{_where(group, index)}: the prompt has {length} tokens and the limit is {limit}. "
                 "Raise data.max_prompt_tokens or data.max_tokens, shorten the prompt, or set data.overlong_prompt to "
                 "truncate or drop."
             )
-        if prompt.is_overlong and overlong_prompt == "drop":
+        if length > limit and overlong_prompt == "drop":
             counts.dropped("overlong_prompt", len(group.responses))
             continue
-        counts.empty_prompts += prompt.is_empty
-        counts.prompts_truncated += prompt.is_overlong
-        own = without_duplicates(group, responses, limits.total - len(prompt.ids), limits.eos, counts)
-        scores = [response.score for response in own]
+        counts.encoded(responses)
+        counts.empty_prompts += not body
+        counts.prompts_truncated += length > limit
+        prompt_ids = array("i", head + body[max(0, length - limit) :])
+        stay = without_duplicates(group, responses, limits.total - len(prompt_ids), counts)
+        scores = [response.score for response in stay]
         if reason := why_dropped(scores, needs_pairs, min_score_gap):
-            counts.dropped(reason, len(own))
+            counts.dropped(reason, len(stay))
             continue
-        ids, sources = [response.ids for response in own], [response.source for response in own]
-        kept.append(TokenizedGroup(prompt.ids, list(ids), scores, sources, index))
+        ids, sources = [response.ids for response in stay], [response.source for response in stay]
+        kept.append(TokenizedGroup(prompt_ids, list(ids), scores, sources, index))
     if not kept:
-        raise no_data_left(counts)
+        raise _no_data_left(counts)
+    counts.lost_characters = _lost_characters(tokenizer, characters)
     settings = {
         "template": template,
         "max_prompt_tokens": max_prompt_tokens,
@@ -134,75 +479,90 @@ def tokenize_groups(
         "needs_pairs": needs_pairs,
         "min_score_gap": min_score_gap,
     }
-    return kept, make_report(kept, vars(counts), settings)
+    ignores_chat = template == "raw" and bool(tokenizer.chat_template)
+    about = {"end_of_response": encoder.frame.end_text, "chat_template_ignored": ignores_chat}
+    return kept, make_report(kept, {**vars(counts), **about}, settings)
+
+
+def tokenize_every_response(
+    groups: Sequence[RankedGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str = "raw",
+    max_prompt_tokens: int | None = None,
+    max_tokens: int = 512,
+) -> tuple[list[TokenizedGroup], int]:
+    """The same tokens as `tokenize_groups` makes, for measuring: nothing is merged, and no group needs an order.
+
+    Returns:
+        The groups that have tokens, with ``index`` their position in `groups`, ``sources`` the position of each
+        response in its group, as text, and scores of 0; and how many responses lost their end.
+
+    Raises:
+        UserError: the tokenizer or the template cannot be used; impossible limits.
+    """
+    encoder = Encoder(tokenizer, template)
+    limits = _limits(max_prompt_tokens, max_tokens)
+    found: list[TokenizedGroup] = []
+    truncated = 0
+    for index, head, body, responses in _token_ids(groups, encoder):
+        limit = limits.for_prompt(responses)
+        prompt_ids = array("i", head + body[max(0, len(head) + len(body) - limit) :])
+        room = limits.total - len(prompt_ids)
+        numbers = [number for number, response in enumerate(responses) if not response.is_empty]
+        truncated += sum(len(responses[number].ids) > room for number in numbers)
+        if numbers:
+            ids = [array("i", responses[number].ids[:room]) for number in numbers]
+            found.append(TokenizedGroup(prompt_ids, list(ids), [0.0] * len(ids), list(map(str, numbers)), index))
+    return found, truncated
 
 
 def _token_ids(
-    groups: Sequence[RankedGroup], tokenizer: PreTrainedTokenizerBase, form: Template, limits: Limits
-) -> Iterator[tuple[int, _Prompt, list[Encoded]]]:
-    """Yield (index, prompt ids within the limit, responses) for every group; tokenised in batches."""
-    eos_text = str(tokenizer.eos_token)
+    groups: Sequence[RankedGroup], encoder: Encoder
+) -> Iterator[tuple[int, list[int], list[int], list[Encoded]]]:
+    """Yield (index, prompt's head, prompt's body, responses) for every group; tokenised in batches."""
     for start in range(0, len(groups), _BATCH):
-        batch = groups[start : start + _BATCH]
-        prompts = [_prompt_text(group, start + place, tokenizer, form) for place, group in enumerate(batch)]
-        texts = [form.response(text).removesuffix(eos_text) for group in batch for text in group.responses]
-        prompt_ids = _encode(tokenizer, prompts, special=True)
-        responses = map(Encoded, texts, _encode(tokenizer, texts, special=False))
-        for place, group in enumerate(batch):
-            own = [next(responses) for _ in group.responses]
-            yield start + place, _prompt(prompt_ids[place], own, form, limits), own
+        batch = [
+            group if "file" in group.origin else replace(group, index=start + number)
+            for number, group in enumerate(groups[start : start + _BATCH])
+        ]
+        texts = encoder.prompt_texts(batch)
+        prompts, responses = encoder.prompt_ids(texts), encoder.responses(batch, texts)
+        for number, ((head, body), encoded) in enumerate(zip(prompts, responses, strict=True)):
+            yield start + number, head, body, encoded
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
-    """Token ids of each text, nothing added; `special` says whether special tokens in the text are special."""
-    if not texts:
-        return []
-    # verbose=False silences the warning about texts beyond the model's length: they are cut here.
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=not special, verbose=False)
-    return encoded["input_ids"]
+def _lost_characters(tokenizer: PreTrainedTokenizerBase, characters: Counter[str]) -> Counter[str]:
+    """Those of the characters that the tokenizer cannot give back, with the number of responses that have them."""
+    known = [character for character in characters if not character.isspace()]
+    ids = _encode(tokenizer, known, special=False)
+    spelled = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False) if ids else []
+    return Counter({one: characters[one] for one, text in zip(known, spelled, strict=True) if one not in text})
 
 
-def _prompt_text(group: RankedGroup, index: int, tokenizer: PreTrainedTokenizerBase, form: Template) -> str:
-    try:
-        return form.prompt(group.prompt, tokenizer)
-    except UserError as error:
-        raise UserError(f"{where_is(group, index)}: {error}") from None
-
-
-def _prompt(ids: list[int], responses: Sequence[Encoded], form: Template, limits: Limits) -> _Prompt:
-    """The prompt with its one BOS, if any, cut at the beginning to its limit."""
-    bos = [] if limits.bos is None else [limits.bos]
-    brought = bos if bos and ids[:1] == bos else []  # a template, or the text itself, may have written it
-    head, body = (brought if form.writes_bos else bos), ids[len(brought) :]
-    is_empty = not body
-    if not head and not body:
-        head = bos or [limits.eos]
-    num_tokens, limit = len(head) + len(body), limits.for_prompt(responses)
-    return _Prompt(array("i", head + body[max(0, num_tokens - limit) :]), num_tokens, limit, is_empty)
-
-
-def _template(name: str) -> Template:
-    if name not in TEMPLATES:
-        nearest = difflib.get_close_matches(name, TEMPLATES, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known templates: {', '.join(TEMPLATES)}."
-        raise UserError(f"template {name!r}: there is no such template; {hint}")
-    return TEMPLATES[name]
-
-
-def _limits(tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int | None, max_tokens: int) -> Limits:
+def _limits(max_prompt_tokens: int | None, max_tokens: int) -> Limits:
     if not 1 <= (1 if max_prompt_tokens is None else max_prompt_tokens) < max_tokens:
         raise UserError(
             f"data.max_prompt_tokens = {max_prompt_tokens} and data.max_tokens = {max_tokens} leave no room for prompt "
             "and response. Set 1 <= max_prompt_tokens < max_tokens."
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no EOS token, so no response "
-            "could end. Set its eos_token, save it, and name it in model.tokenizer."
-        )
-    return Limits(tokenizer.bos_token_id, tokenizer.eos_token_id, max_prompt_tokens, max_tokens)
+    return Limits(max_prompt_tokens, max_tokens)
 
 
-def where_is(group: RankedGroup, index: int) -> str:
+def _where(group: RankedGroup, index: int) -> str:
     """Where a group was read, or its position in the list that was given."""
     return group.where if "file" in group.origin else f"group {index}"
+
+
+def _no_data_left(counts: Counts) -> UserError:
+    """The error for a data set of which nothing stays: every reason that occurred, with its remedy."""
+    if not counts.groups_read:
+        return UserError("there are no groups to train on. Check data.train and data.max_groups.")
+    explained = {
+        "overlong_prompt": "have a prompt over the limit (raise it or data.max_tokens, or truncate)",
+        "no_response": "have only empty responses (check the responses column)",
+        "single_response": "have a single response left, so nothing to rank (objective sft can use them)",
+        "no_ordered_pair": "have no two scores that differ by more than the gap (check the scores column)",
+    }
+    reasons = "; ".join(f"{count} {explained[reason]}" for reason, count in counts.groups_dropped.items())
+    return UserError(f"no data is left: of {counts.groups_read} groups read, {reasons}.")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rrhf_peft.data import continuation_ids
 from rrhf_peft.records import TokenizedGroup, UserError
 from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.score.batches import TokenBudget
@@ -43,7 +44,7 @@ def perplexity(
         UserError: no text has a token, or one does not fit into the judge's context.
     """
     assert len(prompts) == len(texts), "one prompt for each text"
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    encoded = continuation_ids(tokenizer, prompts, texts)
     pairs = [(prompt, ids) for prompt, ids in zip(encode_prompts(tokenizer, prompts), encoded, strict=True) if ids]
     if not pairs:
         raise UserError("perplexity: every text is empty, so there is nothing to judge.")
@@ -75,7 +76,7 @@ def text_log_probs(
         batch_tokens: Padded tokens judged together; fewer where the judge's vocabulary is large.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    encoded = continuation_ids(tokenizer, prompts, texts)
     pairs: list[_Pair] = []
     for prompt, ids in zip(encode_prompts(tokenizer, prompts), encoded, strict=True):
         kept = ids if context is None else ids[: context - 1]

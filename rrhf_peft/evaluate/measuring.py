@@ -19,7 +19,6 @@ from rrhf_peft.modeling import attach_adapter, load_base_model
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.recipe.scoring import JudgeScorer
 from rrhf_peft.records import RankedGroup
-from rrhf_peft.score.candidates import prompt_text
 from rrhf_peft.score.policy import PolicyScores
 
 Row = dict[str, Any]
@@ -108,7 +107,7 @@ def judge_wins(plan: Plan, folder: OutputFolder, processes: Processes, console: 
 
         def work(items: Sequence[tuple[Row, Row]]) -> list[Row]:
             comparisons = [
-                (prompt_text(own["prompt"]), list(zip(own["responses"], theirs["responses"])))  # noqa: B905 - as many as both have
+                (transcript(own["prompt"]), list(zip(own["responses"], theirs["responses"])))  # noqa: B905 - as many as both have
                 for own, theirs in items
             ]
             return judge.compare(comparisons)

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from rrhf_peft.data import TEMPLATES, read_groups
+from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
 from rrhf_peft.modeling import load_tokenizer, resolve_source
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, make_recipe
@@ -222,7 +222,7 @@ def _check_context(section: EvaluationSection, prompts: Sequence[RankedGroup], p
 
 def _longest_prompt(section: EvaluationSection, prompts: Sequence[RankedGroup], model: ModelSection) -> int:
     tokenizer, form = tokenizer_of(model), TEMPLATES[section.template]
-    texts = [form.prompt(item.prompt, tokenizer) for item in prompts]
+    texts = [prompt_text(item, tokenizer, section.template) for item in prompts]
     add_bos = not form.writes_bos
     return max(map(len, encode_prompts(tokenizer, texts, add_bos=add_bos, max_tokens=section.max_prompt_tokens)))
 

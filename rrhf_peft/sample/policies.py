@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from rrhf_peft.data import TEMPLATES
+from rrhf_peft.data import chat_messages, prompt_text
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection, takes_from_base
 from rrhf_peft.recipe.online import OnlineSection
@@ -227,8 +227,7 @@ class _Tokenized:
     def respond(
         self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
     ) -> list[list[Candidate]]:
-        form = TEMPLATES[self.sampling.template]
-        texts = [form.prompt(item.prompt, self.tokenizer) for item in prompts]
+        texts = [prompt_text(item, self.tokenizer, self.sampling.template) for item in prompts]
         encoded = encode_prompts(
             self.tokenizer,
             texts,
@@ -253,13 +252,10 @@ class _Endpoint:
         self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
     ) -> list[list[Candidate]]:
         if self.server.api == "chat":
-            inputs: list[Any] = [
-                [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
-                for item in prompts
-            ]
+            inputs: list[Any] = [chat_messages(item.prompt) for item in prompts]
         else:
             unused: Any = None  # these templates read no tokenizer
-            inputs = [TEMPLATES[self.sampling.template].prompt(item.prompt, unused) for item in prompts]
+            inputs = [prompt_text(item, unused, self.sampling.template) for item in prompts]
         return self.server.respond(inputs, keys, decoding, progress)
 
 

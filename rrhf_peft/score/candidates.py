@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rrhf_peft.data import read_groups
-from rrhf_peft.records import Message, RankedGroup, UserError
+from rrhf_peft.records import RankedGroup, UserError
 
 
 @dataclass
@@ -83,15 +83,3 @@ def _raw_scores(value: Any, count: int) -> dict[str, list[float]]:
         and len(scores) == count
         and all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in scores)
     }
-
-
-def prompt_text(prompt: str | list[Message]) -> str:
-    """A prompt as one text, for scorers that read text: rules, judges and people.
-
-    A string unchanged; a single user message as its content; longer conversations with their roles.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and prompt[0]["role"] == "user":
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)

@@ -20,9 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rrhf_peft.data import transcript
 from rrhf_peft.openai_client import OpenAIClient, RequestFailedError
 from rrhf_peft.records import Message, RankedGroup
-from rrhf_peft.score.candidates import GroupScores, prompt_text
+from rrhf_peft.score.candidates import GroupScores
 from rrhf_peft.score.combine import share_beaten
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Judge:
         """
         if self.section.mode == "rank":
             return self.client.gather(self._ranks, groups)
-        pairs = [(prompt_text(group.prompt), response) for group in groups for response in group.responses]
+        pairs = [(transcript(group.prompt), response) for group in groups for response in group.responses]
         answers = iter(self.client.gather(lambda pair: self._aspects(*pair), pairs))
         return [self._weighted([next(answers) for _ in group.responses]) for group in groups]
 
@@ -124,14 +125,12 @@ class Judge:
 
     def _ranks(self, group: RankedGroup) -> GroupScores:
         """Rank one group, its responses shuffled; a score is the share of the others that a response beats."""
-        count, prompt = len(group.responses), prompt_text(group.prompt)
+        count, prompt = len(group.responses), transcript(group.prompt)
         order = list(range(count))
         random.Random(f"{self.seed} {prompt}").shuffle(order)
         labels = [letter_label(position) for position in range(count)]
         shuffled = [group.responses[index] for index in order]
-        messages = ranking_messages(
-            prompt_text(group.prompt), shuffled, labels, self.aspects, self.section.instructions
-        )
+        messages = ranking_messages(transcript(group.prompt), shuffled, labels, self.aspects, self.section.instructions)
         ranks = self.answer(messages, lambda reply: parse_ranks(reply, labels))
         if isinstance(ranks, str):
             return GroupScores([None] * count, failures=dict.fromkeys(range(count), ranks))

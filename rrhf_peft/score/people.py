@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf_peft.data import transcript
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.score.candidates import GroupScores, prompt_text
+from rrhf_peft.score.candidates import GroupScores
 from rrhf_peft.score.combine import share_beaten
 from rrhf_peft.score.judge import letter_label
 
@@ -63,7 +64,7 @@ class PeopleScores:
 
 def texts_of(groups: Sequence[RankedGroup]) -> list[tuple[str, list[str]]]:
     """(prompt, responses) of each group, as people read them."""
-    return [(prompt_text(group.prompt), group.responses) for group in groups]
+    return [(transcript(group.prompt), group.responses) for group in groups]
 
 
 def write_sheet(path: Path, groups: Sequence[tuple[str, Sequence[str]]], seed: int) -> None:

@@ -2,7 +2,7 @@
 
     p_i = (1/|y_i|^a) sum_t log P(y_i,t | x, y_i,<t)      Eq. 1 of https://arxiv.org/abs/2304.05302
 
-Prompt and response are tokenised exactly as training does it, EOS included.
+Prompt and response are tokenised exactly as training does it, the end included.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rrhf_peft.data import GroupCollator, tokenize_groups
+from rrhf_peft.data import GroupCollator, tokenize_every_response
 from rrhf_peft.logprobs import install, prove
 from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter, refuse_beyond_context
 from rrhf_peft.recipe import Recipe
@@ -71,53 +71,21 @@ class PolicyScores:
         ]
 
     def log_probs(self, groups: Sequence[RankedGroup]) -> list[list[tuple[float, int] | None]]:
-        """(log-prob in nats, tokens) of every response, EOS included; None for a response without text."""
+        """(log-prob in nats, tokens) of every response, its end included; None for a response without text."""
         scores: list[list[tuple[float, int] | None]] = [[None] * len(group.responses) for group in groups]
         tokenized = self._tokenized(groups)
         lengths = [len(group.prompt_ids) + sum(map(len, group.response_ids)) for group in tokenized]
-        values = self.budget.map(lengths, lambda batch: self._values([tokenized[place] for place in batch]))
-        for tokens, own in zip(tokenized, values, strict=True):
-            for source, value in zip(tokens.sources, own, strict=True):
+        values = self.budget.map(lengths, lambda batch: self._values([tokenized[index] for index in batch]))
+        for tokens, group_values in zip(tokenized, values, strict=True):
+            for source, value in zip(tokens.sources, group_values, strict=True):
                 scores[tokens.index][int(source)] = value
-        # Equal texts of a group were tokenised once.
-        for group, own_scores in zip(groups, scores, strict=True):
-            known = {text: score for text, score in zip(group.responses, own_scores, strict=True) if score is not None}
-            for place, text in enumerate(group.responses):
-                own_scores[place] = known.get(text)
         return scores
 
     def _tokenized(self, groups: Sequence[RankedGroup]) -> list[TokenizedGroup]:
-        """Every different response, `sources` telling its place, `index` the group's place in `groups`.
-
-        Tokenising merges responses that are the same tokens; what it merged is tokenised again.
-        """
-        todo = [
-            {text: place for place, text in reversed(list(enumerate(group.responses))) if text.strip()}
-            for group in groups
-        ]
-        found: list[TokenizedGroup] = []
-        while any(todo):
-            where = [index for index, texts in enumerate(todo) if texts]
-            ranked = [
-                RankedGroup(groups[index].prompt, list(own), [0.0] * len(own), [str(place) for place in own.values()])
-                for index in where
-                for own in [dict(sorted(todo[index].items(), key=lambda item: item[1]))]
-            ]
-            try:
-                kept, report = tokenize_groups(ranked, self.tokenizer, needs_pairs=False, **self.limits)
-            except UserError:
-                if not found:
-                    raise
-                break  # what is left has no tokens
-            self.truncated += report.responses_truncated
-            remaining: list[dict[str, int]] = [{} for _ in groups]
-            for group in kept:
-                index = where[group.index]
-                found.append(TokenizedGroup(group.prompt_ids, group.response_ids, group.scores, group.sources, index))
-                done = set(group.sources)
-                remaining[index] = {text: place for text, place in todo[index].items() if str(place) not in done}
-            todo = remaining
-        return found
+        """`sources` tell each response's position in its group, `index` the group's position in `groups`."""
+        tokenized, truncated = tokenize_every_response(groups, self.tokenizer, **self.limits)
+        self.truncated += truncated
+        return tokenized
 
     @torch.no_grad()
     def _values(self, groups: list[TokenizedGroup]) -> list[list[tuple[float, int]]]:

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from rrhf_peft.data import TEMPLATES
+from rrhf_peft.data import TEMPLATES, chat_messages
 from rrhf_peft.modeling import default_device, resolve_dtype, resolve_source
 from rrhf_peft.records import LARGEST_SCORE, Message, RankedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
@@ -459,8 +459,7 @@ class RewardTexts:
         return self._finished(encoded["input_ids"], encoded.get("token_type_ids"))
 
     def _chat(self, prompt: str | list[Message], response: str) -> list[int]:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages = [*messages, {"role": "assistant", "content": response}]
+        messages = [*chat_messages(prompt), {"role": "assistant", "content": response}]
         try:
             ids = list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
         except (jinja2.TemplateError, TypeError, ValueError) as error:

@@ -29,8 +29,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rrhf_peft.data import transcript
 from rrhf_peft.records import LARGEST_SCORE, RankedGroup, UserError
-from rrhf_peft.score.candidates import GroupScores, prompt_text
+from rrhf_peft.score.candidates import GroupScores
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
@@ -52,7 +53,13 @@ class RuleScores:
         """What the rule says."""
         scored = []
         for group in groups:
-            scores = rule_scores(self.name, self.function, prompt_text(group.prompt), group.responses, group.index)
+            scores = rule_scores(
+                self.name,
+                self.function,
+                group.prompt if isinstance(group.prompt, str) else transcript(group.prompt),
+                group.responses,
+                group.index,
+            )
             none = {number: "the rule gives no score" for number, score in enumerate(scores) if score is None}
             scored.append(GroupScores(scores, none))
         return scored

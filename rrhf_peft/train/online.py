@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +23,10 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 
-from rrhf_peft.data import TEMPLATES, GroupCollator
-from rrhf_peft.data.cleaning import Counts, Encoded, why_dropped, without_duplicates
+from rrhf_peft.data import Encoder, GroupCollator
+from rrhf_peft.data.tokenizing import Counts, why_dropped, without_duplicates
 from rrhf_peft.files import replace_text
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
@@ -117,6 +115,7 @@ class OnlineTrainer(RRHFTrainer):
         provided = dict.fromkeys(name for item in train_dataset for name in item.sources)
         self.source_names = list(dict.fromkeys([own_source, *provided, *self.source_names]))
         self.data_collator = _PromptsOrGroups(self.source_names)
+        self.encoder = Encoder(self.processing_class, self.args.template)  # type: ignore[arg-type]
         self.reward, self.every, self.decoding, self.own_source = reward, every, decoding, own_source
         self.kl_coefficient, self.kl_reduction = kl_coefficient, kl_reduction
         self.seed, self.budget = seed, TokenBudget(batch_tokens)
@@ -195,8 +194,7 @@ class OnlineTrainer(RRHFTrainer):
                 own,
                 self.own_source,
                 scores,
-                tokenizer,
-                template=self.args.template,
+                self.encoder,
                 max_tokens=self.args.max_tokens,
             )
             for item, own, scores in zip(prompts, candidates, rewards, strict=True)
@@ -402,9 +400,8 @@ def answers_of(
     candidates: Sequence[Candidate],
     own_source: str,
     rewards: Sequence[float | None],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     *,
-    template: str,
     max_tokens: int,
 ) -> Answers:
     """Keep the responses that have a text and a reward, each once.
@@ -416,38 +413,36 @@ def answers_of(
         candidates: the policy's own responses.
         own_source: what these are called.
         rewards: of the provided responses and the candidates, in this order.
-        tokenizer: the policy's.
-        template: how responses become text.
+        encoder: tokenizer and template of the policy.
         max_tokens: longest prompt with response; a longer response loses its end.
     """
     texts = [*prompt.responses, *(candidate.text for candidate in candidates)]
     sources = [*prompt.sources, *[own_source] * len(candidates)]
-    provided, eos = len(prompt.responses), int(tokenizer.eos_token_id)
-    form = TEMPLATES[template]
-    finished = [form.response(text).removesuffix(str(tokenizer.eos_token)) for text in texts]
-    encoded = tokenizer(finished, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
+    provided = len(prompt.responses)
+    unknown = [None] * provided
+    group = RankedGroup(
+        prompt.prompt,
+        texts,
+        rewards,
+        sources,
+        finish_reasons=[*unknown, *(candidate.finish_reason for candidate in candidates)],
+        index=prompt.index,
+    )
     left_out = [
-        {"response": text, "source": source, "reason": "empty" if not usable.strip() else "not scored"}
-        for text, source, usable, reward in zip(texts, sources, finished, rewards, strict=True)
-        if reward is None or not usable.strip()
+        {"response": text, "source": source, "reason": "not scored" if text.strip() else "empty"}
+        for text, source, reward in zip(texts, sources, rewards, strict=True)
+        if reward is None or not text.strip()
     ]
-    places = [place for place, reward in enumerate(rewards) if reward is not None]
-    known = [reward for reward in rewards if reward is not None]
-    # The place stands in for the source, so that what stays can be told apart.
-    group = RankedGroup("", [texts[i] for i in places], known, [str(i) for i in places])
-    room = max_tokens - len(prompt.prompt_ids)
-    kept = without_duplicates(group, [Encoded(finished[i], encoded[i]) for i in places], room, eos, Counts())
-    stay = [int(item.source) for item in kept]
-
-    def ids(place: int, own: array[int]) -> array[int]:
-        was_cut = place >= provided and candidates[place - provided].finish_reason == "length"
-        return own[:-1] if was_cut and len(own) > 1 and own[-1] == eos else own
+    scored = [index for index, reward in enumerate(rewards) if reward is not None]
+    group = group.choose(scored)
+    (encoded,) = encoder.responses([group], encoder.prompt_texts([group]))
+    kept = without_duplicates(group, encoded, max_tokens - len(prompt.prompt_ids), Counts())
+    stay = [scored[item.index] for item in kept]
 
     rewards_kept = [item.score for item in kept]
     return Answers(
         prompt=prompt,
-        response_ids=[ids(place, item.ids) for place, item in zip(stay, kept, strict=True)],
+        response_ids=[item.ids for item in kept],
         texts=[texts[place] for place in stay],
         sources=[sources[place] for place in stay],
         rewards=rewards_kept,

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from rrhf_peft.data import TEMPLATES, hold_out, read_groups, tokenize_groups
+from rrhf_peft.data import TEMPLATES, hold_out, prompt_text, read_groups, tokenize_groups
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import Message, RankedGroup, UserError
@@ -155,7 +155,7 @@ def tokenize_prompts(
         UserError: no prompt is left, one is too long under ``error``, or empty without a BOS token.
     """
     form = TEMPLATES[template]
-    texts = [form.prompt(group.prompt, tokenizer) for group in groups]
+    texts = [prompt_text(group, tokenizer, template) for group in groups]
     encoded = encode_prompts(tokenizer, texts, add_bos=not form.writes_bos)
     overlong = {place for place, ids in enumerate(encoded) if len(ids) > max_prompt_tokens}
     if overlong and overlong_prompt == "error":

@@ -68,7 +68,7 @@ def test_long_sequences_show_both_ends(byte_tokenizer, limit, hidden):
 
 
 def test_sentencepiece_words_keep_their_space(llama2_tokenizer):
-    group = RankedGroup("Hello there", ["Fine thanks", "no"], [1.0, 0.0], ["a", "b"])
+    group = RankedGroup("Hello there", [" Fine thanks", " no"], [1.0, 0.0], ["a", "b"])
     (tokenized,), _ = tokenize_groups([group], llama2_tokenizer)
     console = Console(file=io.StringIO(), width=100)
     console.print(render_example(group, tokenized, llama2_tokenizer))

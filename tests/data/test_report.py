@@ -15,6 +15,7 @@ from rich.console import Console
 
 from rrhf_peft.data import report_table, tokenize_groups
 from rrhf_peft.data.report import make_report
+from rrhf_peft.data.tokenizing import Counts
 from rrhf_peft.records import RankedGroup, TokenizedGroup
 
 GROUPS = [
@@ -76,11 +77,7 @@ def test_pairs_and_correlation_equal_a_slow_count(data):
         TokenizedGroup([1], [[0] * length for length, _ in own], [float(s) for _, s in own], ["s"] * len(own), n)
         for n, own in enumerate(data)
     ]
-    counts = {
-        "groups_read": 0, "groups_dropped": {}, "responses_read": 0, "responses_in_dropped_groups": 0,
-        "empty_responses": 0, "duplicates_merged": {}, "conflicting_duplicates": 0, "prompts_truncated": 0,
-        "responses_truncated": 0, "empty_prompts": 0, "pairs_read": 0, "tied_pairs_read": 0,
-    }  # fmt: skip
+    counts = {**vars(Counts()), "end_of_response": "</s>", "chat_template_ignored": False}
     report = make_report(groups, counts, {"min_score_gap": 1.0})
     pairs = [pair for group in groups for pair in itertools.combinations(group.scores, 2)]
     assert report.pairs == len(pairs)
