@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from rrhf_peft.data import TEMPLATES
+from rrhf_peft.data import TEMPLATES, transcript
 from rrhf_peft.evaluate.folder import OutputFolder
 from rrhf_peft.evaluate.judge_wins import PairJudge
 from rrhf_peft.evaluate.likelihood import text_log_probs
