@@ -1,35 +1,70 @@
-"""Long work in units, by the processes of one launch, that survives being killed at any moment.
+"""Long work by the processes of one launch, that survives being killed at any moment. Once, for every verb.
 
-Work is cut into units beforehand, in a way that depends on the input alone: not on how many
-processes there are or where the last run stopped. Each process appends every finished unit as one
-line to its own part file. A new run, with any number of processes, does what is missing; the end
-merges all units in order into one file and removes the parts.
+A verb opens its output with `exclusive`: the main process holds the output's lock, and all processes see the same
+files. What is long is cut into units beforehand, in a way that depends on the input alone: not on how many processes
+there are or where the last run stopped. Each process appends every finished unit as one line to its own part file. A
+new run, with any number of processes, does what is missing; the end merges all units in order and removes the parts.
 
-    OUTPUT.parts/manifest.json     what is being made: fingerprint and number of units
+    OUTPUT.parts/.rrhf-peft.json   what is being made: its fingerprint
     OUTPUT.parts/part-3.jsonl      one line per unit that process 3 finished
-    OUTPUT                         all rows in order, only when all are there
+    OUTPUT                         all rows in order, only when all are there; with its mark (`rrhf_peft.files`)
 
-Processes exchange nothing but files, so they only need to wait for each other: through gloo, on any
-device, and for as long as the slowest takes.
+    shards = ShardedOutput(output, verb="score", fingerprint=..., units=len(units), processes=processes)
+    if not shards.open(overwrite=overwrite, console=console):  # True: the same work was finished before
+        if shards.is_work_left:
+            scorer = load()                                     # on every process, or on none
+            for unit in shards.pending():
+                shards.write(unit, scorer(units[unit]))
+        shards.merge()
+
+`open` and `merge` are called by all processes, and wait for all: no barrier stands in a verb. Processes wait through
+gloo, on any device, and for as long as the slowest takes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rrhf_peft.files import replace_text
+from rich.console import Console
+
+from rrhf_peft.files import (
+    AnyPath,
+    Content,
+    check_output,
+    is_finished,
+    lock,
+    read_mark,
+    refuse_finished,
+    remove,
+    work_folder,
+    write_files,
+    writing,
+)
 from rrhf_peft.records import UserError
+
+T = TypeVar("T")
+Row = dict[str, Any]
 
 #: Longer than any run: a process that dies takes the others with it through the launcher.
 _PATIENCE = timedelta(days=30)
+#: How long a shared file system may take to show one host what another one wrote.
+_SECONDS_TO_SEE = 60.0
+
+
+# -------------------------------------------------------------------------------------------------------- processes
 
 
 @dataclass(frozen=True)
@@ -52,6 +87,36 @@ class Processes:
 
             dist.barrier(group=self.group)
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let the main process do something that the others wait for; all get its result, or its `UserError`.
+
+        To look at files that the launch itself changes, too: so all see the same.
+        """
+        if self.count == 1:
+            return work()
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every process's value, in the order of the processes."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
 
 @contextlib.contextmanager
 def launched_processes() -> Iterator[Processes]:
@@ -66,6 +131,7 @@ def launched_processes() -> Iterator[Processes]:
         return
     import torch.distributed as dist  # here: what only reads and writes files starts without torch
 
+    end_with_launcher()
     beside = dist.is_initialized()
     if not beside:
         dist.init_process_group("gloo", timeout=_PATIENCE)
@@ -74,6 +140,12 @@ def launched_processes() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), count, group)
     finally:
         dist.destroy_process_group(group)
+
+
+def end_with_launcher() -> None:
+    """End this process when its launcher is killed, which cannot tell it any more; on Linux."""
+    if sys.platform == "linux" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
@@ -90,102 +162,218 @@ def whole_models() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = sharding
 
 
+@contextlib.contextmanager
+def exclusive(output: AnyPath, processes: Processes) -> Iterator[None]:
+    """Work on an output (a file or a folder) as the only run that does; every process of the launch calls it.
+
+    Raises:
+        UserError: on all processes: another run holds it, it cannot be written there, or the processes do not see the
+            same files.
+    """
+    output = Path(os.path.abspath(output))
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(lock(output))
+
+        processes.on_main(enter)
+        if processes.count > 1:
+            _refuse_unshared(output, processes)
+        yield
+        processes.wait_for_all()
+
+
+def _refuse_unshared(output: Path, processes: Processes) -> None:
+    """The main process writes a file that nobody can have seen before, and every process has to see it."""
+    name = processes.on_main(lambda: f".{output.name}.rrhf-peft.{secrets.token_hex(8)}")
+    token = output.parent / name
+
+    def write() -> None:
+        with writing(token):
+            token.touch()
+
+    processes.on_main(write)
+    deadline = time.monotonic() + _SECONDS_TO_SEE
+    while not (seen := token.exists()) and output.parent.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [index for index, sees in enumerate(processes.from_all(seen)) if not sees]
+    if processes.is_main:
+        token.unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"{output.parent}: process {', '.join(map(str, blind))} of this launch does not see what the main process "
+            "writes there. All hosts need the same files: name an output on a file system that they share."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------- units
+
+
+def fingerprint_of(*values: Any) -> str:
+    """A digest of JSON values, in the order in which dictionaries hold their keys."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
 class ShardedOutput:
     """The rows of a JSONL file, made unit by unit by one or more processes.
 
     Args:
         output: the file to make.
-        fingerprint: of everything the rows depend on (input, settings, seed); another one is other work.
+        fingerprint: of everything the rows depend on (input, settings, seed), and of nothing else: with another one
+            it is other work, and what was finished is not continued.
         units: how many units there are.
-        process: this process's number.
-        processes: how many work on it.
+        processes: of this launch.
+        verb: which one makes it.
+        beside: files that `merge` writes beside the output.
     """
 
     def __init__(
-        self, output: str | os.PathLike[str], *, fingerprint: str, units: int, process: int = 0, processes: int = 1
+        self,
+        output: AnyPath,
+        *,
+        fingerprint: str,
+        units: int,
+        processes: Processes | None = None,
+        verb: str = "",
+        beside: Iterable[AnyPath] = (),
     ) -> None:
         self.output = Path(output)
         self.parts = self.output.with_name(f"{self.output.name}.parts")
-        self.units, self.process, self.processes = units, process, processes
-        self._manifest = {"fingerprint": fingerprint, "units": units}
+        self.units, self.processes, self.verb = units, processes or Processes(0, 1), verb
+        self.beside = [Path(path) for path in beside]
+        self.fingerprint = fingerprint_of(fingerprint, units)
+        self._finished: frozenset[int] = frozenset()
 
-    def open(self, *, overwrite: bool = False) -> int:
-        """Start or continue; the main process calls it before any other touches the parts.
+    def open(self, *, overwrite: bool = False, console: Console | None = None, title: str = "") -> bool:
+        """Start or continue; all processes call it, inside of `exclusive`.
+
+        Args:
+            overwrite: start again from nothing. An output that this program made stays until the new one is whole.
+            console: where the main process says that it continues.
+            title: of the work, in front of that.
 
         Returns:
-            How many units earlier runs have finished.
+            Whether the same work was finished before, and the output is as it was written then: there is nothing to do.
 
         Raises:
-            UserError: the output is already there, parts of other work are in the way, or the place
-                cannot be written to.
+            UserError: on all processes: the output is another one's or was made with other settings, unfinished parts
+                of other work are in the way, or nothing can be written there.
         """
-        manifest = self.parts / "manifest.json"
-        if overwrite:
-            shutil.rmtree(self.parts, ignore_errors=True)
-            self.output.unlink(missing_ok=True)
-        if self.output.exists() and not self._only_merged_in_part(manifest):
-            raise UserError(f"{self.output}: already exists. Choose another output, remove it, or pass --overwrite.")
-        is_other = manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != self._manifest
-        if is_other and self._finished():
+        is_done, finished = self.processes.on_main(lambda: self._open(overwrite))
+        self._finished = frozenset(finished)
+        if finished and console is not None and self.processes.is_main:
+            start = f"{title}: " if title else ""
+            console.print(f"{start}continuing after {len(finished)} of {self.units} units", highlight=False)
+        return is_done
+
+    def _open(self, overwrite: bool) -> tuple[bool, list[int]]:
+        if not overwrite and is_finished(self.output, self.fingerprint, self.beside):
+            if os.path.lexists(self.parts):
+                work_folder(self.parts, verb=self.verb)  # refuses one that is not ours
+            remove(self.parts)
+            return True, []
+        held = read_mark(self.parts)
+        is_other = held is not None and held.fingerprint != self.fingerprint
+        may_replace = overwrite or (held is not None and held.may_replace and not is_other)
+        check_output(self.output, overwrite=may_replace, continues=True, beside=self.beside)
+        if not may_replace:
+            refuse_finished(self.output, self.fingerprint)
+        if is_other and not overwrite and self._lines():
             raise UserError(
                 f"{self.parts}: holds the unfinished parts of other work (the input or the settings changed). "
                 "Undo the change to continue it, or pass --overwrite to start again."
             )
-        replace_text(manifest, json.dumps(self._manifest) + "\n")
-        return len(self._finished())
+        if is_other:
+            work_folder(self.parts, verb=self.verb)
+            remove(self.parts)
+        work_folder(self.parts, verb=self.verb, fingerprint=self.fingerprint, overwrite=overwrite)
+        return False, sorted(unit for unit in self._lines() if unit < self.units)
+
+    @property
+    def is_work_left(self) -> bool:
+        """Whether any process has something to do: the same on all."""
+        return len(self._finished) < self.units
 
     def pending(self) -> list[int]:
-        """The units this process has to do: those of its residue that no process has finished.
+        """The units this process has to do: those of its residue that no earlier run has finished."""
+        count = self.processes.count
+        return [unit for unit in range(self.processes.index, self.units, count) if unit not in self._finished]
 
-        By residue and not by place among the missing, because others may be writing meanwhile.
+    def write(self, unit: int, rows: list[Row]) -> None:
+        """Append a finished unit; once this returns, a kill or a power cut does not lose it.
+
+        Raises:
+            UserError: the disk takes no more; everything before this unit is kept.
         """
-        finished = self._finished()
-        return [unit for unit in range(self.process, self.units, self.processes) if unit not in finished]
-
-    def write(self, unit: int, rows: list[dict[str, Any]]) -> None:
-        """Append a finished unit; once this returns, a kill or a power cut does not lose it."""
-        path = self.parts / f"part-{self.process}.jsonl"
+        path = self.parts / f"part-{self.processes.index}.jsonl"
         line = json.dumps({"unit": unit, "rows": rows}, ensure_ascii=False) + "\n"
-        with path.open("a+b") as file:
+        kept = f"What was finished is kept in {self.parts}, and the same command continues there."
+        with writing(path, kept=kept), path.open("a+b") as file:
             _cut_torn_line(file)
-            file.write(line.encode("utf-8", "surrogatepass"))
+            file.write(line.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
 
-    def merge(self, finish: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None) -> Path:
-        """Write all rows, in the order of their units, to the output and remove the parts; main process only.
+    def merge(
+        self,
+        finish: Callable[[Iterator[Row]], Iterable[Row]] | None = None,
+        *,
+        beside: Callable[[], Mapping[Path, Content | None]] | None = None,
+    ) -> Path:
+        """Write all rows, in the order of their units, to the output and remove the parts; all processes call it.
 
         Args:
-            finish: turns all rows into those of the output, where that needs all of them. What else it writes
-                it must be able to write again, because a kill may come after it.
+            finish: turns all rows, which come one by one, into those of the output; called by the main process.
+            beside: called after the rows are written: the contents of the files beside the output, None for none.
+
+        Raises:
+            UserError: on all processes: what `finish` raises, or the disk is full. The parts are kept then.
         """
-        rows: dict[int, list[dict[str, Any]]] = dict(self._lines())
-        missing = self.units - len(rows)
-        assert missing == 0, f"{missing} of {self.units} units are missing"
-        whole = [row for unit in range(self.units) for row in rows[unit]]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (finish(whole) if finish else whole))
-        replace_text(self.output, text)
-        shutil.rmtree(self.parts)
+        self.processes.wait_for_all()
+        self.processes.on_main(lambda: self._merge(finish, beside))
         return self.output
 
-    def _only_merged_in_part(self, manifest: Path) -> bool:
-        """Whether a kill came between writing the output and removing the parts: merging again ends it."""
-        return (
-            manifest.exists()
-            and json.loads(manifest.read_text(encoding="utf-8")) == self._manifest
-            and len(self._finished()) == self.units
-        )
+    def _merge(
+        self,
+        finish: Callable[[Iterator[Row]], Iterable[Row]] | None,
+        beside: Callable[[], Mapping[Path, Content | None]] | None,
+    ) -> None:
+        lines = self._lines()
+        missing = self.units - len(lines)
+        assert missing == 0, f"{missing} of {self.units} units are missing"
 
-    def _finished(self) -> set[int]:
-        return {unit for unit, _ in self._lines()}
+        def rows() -> Iterator[Row]:
+            with contextlib.ExitStack() as stack:
+                files = {path: stack.enter_context(path.open("rb")) for path in {path for path, _ in lines.values()}}
+                for unit in range(self.units):
+                    path, offset = lines[unit]
+                    files[path].seek(offset)
+                    yield from json.loads(files[path].readline())["rows"]
 
-    def _lines(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        finished = finish(rows()) if finish is not None else rows()
+        contents: dict[Path, Content | None] = {
+            self.output: (json.dumps(row, ensure_ascii=False) + "\n" for row in finished)
+        }
+        write_files(self.output, contents, verb=self.verb, fingerprint=self.fingerprint, beside=beside)
+        remove(self.parts)
+
+    def _lines(self) -> dict[int, tuple[Path, int]]:
+        """Unit -> the part file and the offset where its line begins; of whole lines only."""
+        found: dict[int, tuple[Path, int]] = {}
         for path in sorted(self.parts.glob("part-*.jsonl")):
+            offset = 0
             with path.open("rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):  # a kill may have cut the last one short
-                        entry = json.loads(line)
-                        yield entry["unit"], entry["rows"]
+                        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: done again
+                            entry = json.loads(line)
+                            if isinstance(entry["rows"], list):
+                                found[int(entry["unit"])] = (path, offset)
+                    offset += len(line)
+        return found
 
 
 def _cut_torn_line(file: Any) -> None:

@@ -24,7 +24,7 @@ from rrhf_peft.evaluate.folder import EVALUATION, RECIPE, TABLE, OutputFolder, i
 from rrhf_peft.evaluate.measuring import judge_perplexity, judge_wins, policy_log_probs
 from rrhf_peft.evaluate.plan import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of
 from rrhf_peft.files import replace_text
-from rrhf_peft.jobs import launched_processes, whole_models
+from rrhf_peft.jobs import exclusive, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, recipe_text
 from rrhf_peft.recipe.scoring import JudgeScorer
 from rrhf_peft.records import UserError
@@ -43,15 +43,19 @@ def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console
     Raises:
         UserError: anything the user can mend, told before the work where it can be known then.
     """
-    with launched_processes() as processes, whole_models():
+    assert recipe.evaluation is not None
+    output = recipe.evaluation.output
+    with launched_processes() as processes, whole_models(), exclusive(output, processes):
         quiet = Console(quiet=True)
         console = console if console is not None and processes.is_main else quiet
         plan = make_plan(recipe)
-        folder = OutputFolder(plan.section.output)
-        if processes.is_main:
+        folder = OutputFolder(output)
+
+        def begin() -> None:
             folder.open(settings_of(plan, folder), overwrite=overwrite)
             replace_text(folder.path / RECIPE, recipe_text(recipe))
-        processes.wait_for_all()
+
+        processes.on_main(begin)
         for number, name in enumerate(plan.policies, start=1):
             console.print(f"policy {name} ({number} of {len(plan.policies)})", highlight=False, style="bold")
             with _told_of(f"evaluation.policies.{name}"):

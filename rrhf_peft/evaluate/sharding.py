@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from rrhf_peft.evaluate.folder import is_finished
-from rrhf_peft.jobs import Processes, ShardedOutput
-from rrhf_peft.score.progress import group_progress
+from rrhf_peft.jobs import Processes, ShardedOutput, fingerprint_of
+from rrhf_peft.progress import progress
 
 Item = TypeVar("Item")
 
@@ -42,31 +39,18 @@ def rows_of_all(
         console: where the main process shows progress.
         title: what the progress calls it.
     """
-    processes.wait_for_all()  # nobody merges while another one still looks whether it is merged
-    if is_finished(output):
-        return
     units = [items[start : start + UNIT] for start in range(0, len(items), UNIT)]
-    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    everyone = [
-        ShardedOutput(output, fingerprint=fingerprint, units=len(units), process=index, processes=processes.count)
-        for index in range(processes.count)
-    ]
-    shards = everyone[processes.index]
-    processes.wait_for_all()
-    if processes.is_main:
-        shards.open()
-    processes.wait_for_all()
-    pending = shards.pending()
-    is_work_left = any(own.pending() for own in everyone)
-    processes.wait_for_all()  # nobody writes before all have seen the same
-    if is_work_left:
+    shards = ShardedOutput(
+        output, verb="evaluate", fingerprint=fingerprint_of(settings), units=len(units), processes=processes
+    )
+    if shards.open():
+        return
+    if shards.is_work_left:
         work = begin()
-        quiet = console if processes.is_main else Console(quiet=True)
-        with group_progress(quiet, title, sum(len(units[unit]) for unit in pending)) as advance:
+        pending = shards.pending()
+        shown = console if processes.is_main else None
+        with progress(shown, title, sum(len(units[unit]) for unit in pending)) as advance:
             for unit in pending:
                 shards.write(unit, work(units[unit]))
                 advance(len(units[unit]))
-    processes.wait_for_all()
-    if processes.is_main:
-        shards.merge()
-    processes.wait_for_all()
+    shards.merge()

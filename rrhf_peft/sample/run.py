@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from typing import Any
 from rich.console import Console
 
 from rrhf_peft.data import TEMPLATES, read_groups
-from rrhf_peft.files import replace_text
-from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
+from rrhf_peft.files import check_output, is_finished, read_mark, refuse_finished, remove, work_folder, write_files
+from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, SamplingSection
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.join import Sampled, joined_row
@@ -71,13 +70,7 @@ def sample_recipe(
     if output.suffix != ".jsonl":
         raise UserError(f"sampling.output: {output} must end with .jsonl, which is what is written.")
     folder = output.with_name(f"{output.name}.stages")
-    with launched_processes() as processes, whole_models():
-        if processes.is_main and overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-            output.unlink(missing_ok=True)
-        processes.wait_for_all()
-        if output.exists() and not folder.exists():
-            raise UserError(f"{output}: already exists. Choose another output, remove it, or pass --overwrite.")
+    with launched_processes() as processes, whole_models(), exclusive(output, processes):
         prompts = read_groups(
             sampling.prompts,
             format=sampling.format,
@@ -88,20 +81,40 @@ def sample_recipe(
         stages = make_stages(recipe)
         check_adapters(stages)
         loader = PolicyLoader(sampling)
-        files = []
-        for number, stage in enumerate(stages, start=1):
-            title = f"{stage.name} ({number}/{len(stages)})"
-            work = _ShardedStage(stage, prompts, sampling, folder, processes)
-            files.append(work.output)
-            work.run(loader, console if processes.is_main else None, title)
-        if processes.is_main and not output.exists():
-            _write_rows(output, prompts, stages, files, sampling, keep_all)
-        processes.wait_for_all()
-        if processes.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+        works = [_ShardedStage(stage, prompts, sampling, folder, processes) for stage in stages]
+        joining = [sampling.keep_provided, keep_all, [asdict(prompt) for prompt in prompts]]
+        entries = [[source_of(stage, entry) for entry in stage.entries.values()] for stage in stages]
+        fingerprint = fingerprint_of([work.fingerprint for work in works], entries, joining)
+        if processes.on_main(lambda: _open(sampling, output, folder, fingerprint, overwrite)):
+            if console is not None and processes.is_main:
+                console.print(f"finished before: {output}", highlight=False, soft_wrap=True)
+        else:
+            for number, work in enumerate(works, start=1):
+                title = f"{work.stage.name} ({number}/{len(works)})"
+                work.run(loader, console if processes.is_main else None, title)
+            files = [work.output for work in works]
+            processes.on_main(
+                lambda: _write_rows(output, prompts, stages, files, sampling, keep_all, fingerprint=fingerprint)
+            )
+            processes.on_main(lambda: remove(folder))
         with output.open(encoding="utf-8") as lines:
             report = make_report(map(json.loads, lines))
         return SampleOutcome(output, report, loader.budget.halvings)
+
+
+def _open(sampling: SamplingSection, output: Path, folder: Path, fingerprint: str, overwrite: bool) -> bool:
+    """Start, continue, or see that the same work was finished before."""
+    if not overwrite and is_finished(output, fingerprint):
+        if folder.exists():
+            work_folder(folder, verb="sample")
+        remove(folder)
+        return True
+    prompts = [sampling.prompts] if isinstance(sampling.prompts, str) else sampling.prompts
+    check_output(output, key="sampling.output", reads=prompts, overwrite=overwrite, continues=True)
+    if not overwrite and not ((held := read_mark(folder)) and held.may_replace):
+        refuse_finished(output, fingerprint)
+    work_folder(folder, verb="sample", overwrite=overwrite)
+    return False
 
 
 class _ShardedStage:
@@ -116,29 +129,18 @@ class _ShardedStage:
         processes: Processes,
     ) -> None:
         self.stage, self.prompts, self.sampling, self.processes = stage, prompts, sampling, processes
-        fingerprint = _fingerprint(stage, prompts, sampling)
-        self.output = folder / f"{fingerprint[:24]}.jsonl"
+        self.fingerprint = _fingerprint(stage, prompts, sampling)
+        self.output = folder / f"{self.fingerprint[:24]}.jsonl"
         size = sampling.unit_prompts
         self.units = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         self.shards = ShardedOutput(
-            self.output,
-            fingerprint=fingerprint,
-            units=len(self.units),
-            process=processes.index,
-            processes=processes.count,
+            self.output, verb="sample", fingerprint=self.fingerprint, units=len(self.units), processes=processes
         )
 
     def run(self, loader: PolicyLoader, console: Console | None, title: str) -> None:
         """Do this process's part, wait for the others, and leave the merged file."""
-        self.processes.wait_for_all()  # nobody merges while another one still looks whether it is merged
-        if self.output.exists():
+        if self.shards.open(console=console, title=title):
             return
-        self.processes.wait_for_all()
-        if self.processes.is_main:
-            finished = self.shards.open()
-            if finished and console is not None:
-                console.print(f"{title}: continuing after {finished} of {len(self.units)} units", highlight=False)
-        self.processes.wait_for_all()
         pending = self.shards.pending()
         if pending:
             policy = loader.load(self.stage)
@@ -146,10 +148,7 @@ class _ShardedStage:
             with sample_progress(console, title, total) as progress:
                 for unit in pending:
                     self.shards.write(unit, self._rows(policy, self.units[unit], progress))
-        self.processes.wait_for_all()
-        if self.processes.is_main:
-            self.shards.merge()
-        self.processes.wait_for_all()
+        self.shards.merge()
 
     def _rows(self, policy: Any, prompts: Sequence[RankedGroup], progress: Any) -> list[dict[str, Any]]:
         """For each prompt, every entry's candidates."""
@@ -186,6 +185,8 @@ def _write_rows(
     files: Sequence[Path],
     sampling: SamplingSection,
     keep_all: bool,
+    *,
+    fingerprint: str,
 ) -> None:
     by_entry: dict[int, tuple[Stage, list[list[dict[str, Any]]]]] = {}
     for stage, path in zip(stages, files, strict=True):
@@ -204,4 +205,4 @@ def _write_rows(
             prompt, sampled, keep_provided=sampling.keep_provided, as_trained=as_trained, keep_all=keep_all
         )
         lines_out.append(json.dumps(row, ensure_ascii=False) + "\n")
-    replace_text(output, "".join(lines_out))
+    write_files(output, {output: lines_out}, verb="sample", fingerprint=fingerprint)

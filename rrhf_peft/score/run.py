@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from rrhf_peft.console import terminal
-from rrhf_peft.files import replace_text
-from rrhf_peft.jobs import Processes, ShardedOutput, launched_processes, whole_models
+from rrhf_peft.files import Content, write_files
+from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, RuleScorer, ScoringSection
 from rrhf_peft.records import RankedGroup, UserError
@@ -107,21 +107,30 @@ def _score(
     size = section.unit_groups
     units = [with_responses[start : start + size] for start in range(0, len(with_responses), size)]
     scorers = make_scorers(section.scorer, recipe, section.seed, groups)  # before anything is written or removed
+    output = Path(section.output)
     shards = ShardedOutput(
-        section.output,
-        fingerprint=_fingerprint(recipe, groups),
+        output,
+        verb="score",
+        fingerprint=fingerprint_of(_fingerprint(recipe, groups), least_responses),
         units=len(units),
-        process=processes.index,
-        processes=processes.count,
+        processes=processes,
+        beside=_beside(section),
     )
-    if processes.is_main and (finished := shards.open(overwrite=overwrite)):
-        console.print(f"continuing: {finished} of {len(units)} units are there already", highlight=False)
-    processes.wait_for_all()
-    _score_units(shards, units, scorers, console if processes.is_main else Console(quiet=True), processes)
-    processes.wait_for_all()
-    if not processes.is_main:
-        return ScoreOutcome(output=Path(section.output))
-    return _merge(shards, section, groups, scorers, least_responses)
+    with exclusive(output, processes):
+        if shards.open(overwrite=overwrite, console=console):
+            return _finished_before(shards, processes, console)
+        _score_units(shards, units, scorers, console if processes.is_main else Console(quiet=True), processes)
+        return _merge(shards, section, groups, scorers, least_responses)
+
+
+def _finished_before(shards: ShardedOutput, processes: Processes, console: Console) -> ScoreOutcome:
+    if processes.is_main:
+        console.print(f"finished before: {shards.output}", highlight=False, soft_wrap=True)
+    failures, report = shards.beside
+    values = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+    return ScoreOutcome(
+        shards.output, None if values is None else ScoreReport(**values), failures if failures.exists() else None
+    )
 
 
 def make_scorers(section: Any, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> dict[str, Scorer]:
@@ -180,29 +189,30 @@ def _merge(
     """The parts into the scored file, with its failures and its report beside it."""
     output = Path(section.output)
     failures, report_path = _beside(section)
-    outcome: list[ScoreReport] = []
+    reports: list[ScoreReport] = []
+    contents: dict[Path, Content | None] = {}
     agreement = {
         label: asdict(scorer.agreement) for label, scorer in scorers.items() if isinstance(scorer, PeopleScores)
     }
 
-    def finish(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def finish(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         counts: Counter[str] = Counter()
+        scored = []
         for part in parts:
             counts.update(part.get("counts", {}))
-        scored = iter(part["scores"] for part in parts if "scores" in part)
+            if "scores" in part:
+                scored.append({label: _from_json(values) for label, values in part["scores"].items()})
+        following = iter(scored)
         raw = [
-            {label: _from_json(values) for label, values in next(scored).items()}
-            if group.responses
-            else {label: GroupScores([]) for label in scorers}
-            for group in groups
+            next(following) if group.responses else {label: GroupScores([]) for label in scorers} for group in groups
         ]
         rows, failed, report = finished_rows(groups, raw, section.scorer, counts, agreement, least_responses)
-        outcome.append(report)
-        failures.unlink(missing_ok=True)
-        if failed:
-            replace_text(failures, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed))
-        replace_text(report_path, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        reports.append(report)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in failed]
+        contents[failures] = lines if failed else None
+        contents[report_path] = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if not rows:
+            write_files(failures, contents, verb="score")
             reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items()) or "groups of one"
             wanted = "two scored responses" if least_responses == 2 else "a scored response"
             raise UserError(
@@ -211,8 +221,8 @@ def _merge(
             )
         return rows
 
-    shards.merge(finish)
-    return ScoreOutcome(output, outcome[0], failures if failures.exists() else None)
+    shards.merge(finish, beside=lambda: contents)
+    return ScoreOutcome(output, reports[0] if reports else None, failures if failures.exists() else None)
 
 
 def _hand_out(

@@ -44,7 +44,8 @@ def test_strategies_mix_in_one_row_for_each_prompt(tiny_model_folder, tmp_path):
     outcome = sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output))
     rows = read_rows(output)
     assert [row["prompt"] for row in rows] == json.loads(prompts.read_text(encoding="utf-8"))
-    assert [path.name for path in output.parent.iterdir()] == ["candidates.jsonl"]
+    names = {path.name for path in output.parent.iterdir()}
+    assert names == {"candidates.jsonl", ".candidates.jsonl.rrhf-peft.json"}
     name = tiny_model_folder.name
     for index, row in enumerate(rows):
         details, removed = row["meta"]["candidates"], row["meta"]["removed"]
@@ -63,8 +64,9 @@ def test_strategies_mix_in_one_row_for_each_prompt(tiny_model_folder, tmp_path):
         own = [item for row in rows for item in row["meta"]["removed"] if item["source"] == source]
         assert report.duplicates == sum(item["reason"] == "duplicate" for item in own)
         assert report.empty == sum(item["reason"] == "empty" for item in own)
-    with pytest.raises(UserError, match="already exists"):
-        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output))
+    assert sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output)).report == outcome.report  # done before
+    with pytest.raises(UserError, match="already exists, and was made from other input or with other settings"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, seed=1))
     sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output), overwrite=True)
     assert read_rows(output) == rows
 

@@ -19,6 +19,8 @@ from rrhf_peft.recipe import make_recipe
 from rrhf_peft.sample.run import sample_recipe
 
 #: Two policies, so that a kill can fall between stages.
+#: An output and its mark.
+MADE = {"out.jsonl", ".out.jsonl.rrhf-peft.json"}
 ENTRIES = (
     {"strategy": "top_p", "k": 3, "temperature": 1.5, "max_new_tokens": 12},
     {"strategy": "diverse_beam", "k": 4, "temperature": 0.8, "max_new_tokens": 12},
@@ -119,11 +121,11 @@ def kill_and_resume(uninterrupted, tmp_path, counts, kills, seed):
         for child in children:
             child.join()
         left.append(sorted(path.name for path in tmp_path.rglob("*") if path.is_file()))
-    if not output.exists() or (tmp_path / "out.jsonl.stages").exists():
+    if {path.name for path in tmp_path.iterdir()} != MADE:
         finish(values, counts[kills % len(counts)])
     assert killed, "every run ended before it was killed"
     assert output.read_bytes() == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == MADE
     return left
 
 
@@ -144,15 +146,22 @@ def test_killed_ten_times(uninterrupted, tmp_path, counts, seed):
     kill_and_resume(uninterrupted, tmp_path, counts=counts, kills=10, seed=seed)
 
 
-def test_killed_after_the_rows_were_written_and_before_the_parts_were_removed(uninterrupted, tmp_path):
+def test_killed_after_the_rows_were_written_and_before_the_parts_were_removed(uninterrupted, tmp_path, monkeypatch):
     values, expected, _ = uninterrupted
     output = tmp_path / "out.jsonl"
-    output.write_bytes(expected)
-    (tmp_path / "out.jsonl.stages").mkdir()
     values = {**values, "sampling": {**values["sampling"], "output": str(output)}}
+
+    def kill(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killing:
+        killing.setattr("rrhf_peft.sample.run.remove", kill)
+        with pytest.raises(KeyboardInterrupt):
+            sample_recipe(make_recipe(values, needs=["sampling"]))
+    assert (tmp_path / "out.jsonl.stages").exists()
     sample_recipe(make_recipe(values, needs=["sampling"]))
     assert output.read_bytes() == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == MADE
 
 
 def test_what_was_changed_between_two_runs_is_done_again(tiny_model_folder, tmp_path):
