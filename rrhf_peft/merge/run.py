@@ -97,7 +97,8 @@ def merge_adapter(
     files = read_adapter(adapter)
     trained = find_training_base(files, base_model=base_model, quantization=quantization, double_quant=double_quant)
     original = base == "original" or trained.quantization == "none"
-    with staged_folder(output, overwrite=overwrite) as folder, warnings.catch_warnings():
+    reads = (files.folder, trained.folder)
+    with staged_folder(output, verb="merge", reads=reads, overwrite=overwrite) as folder, warnings.catch_warnings():
         # PEFT warns of what merging may go wrong with: here it is handled, or refused, or shows in the comparison.
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

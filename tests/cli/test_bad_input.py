@@ -228,7 +228,7 @@ CASES: dict[str, Case] = {
     ),
     "merge into another base": Case(_other_base, MERGE, ("does not fit the base model", "Name the base model")),
     "merge onto an existing folder": Case(
-        _nothing, "merge {adapter} --output {adapter}", ("already exists", "--overwrite")
+        _nothing, "merge {adapter} --output {adapter}", ("is what this run reads", "another output")
     ),
     "merge with a size that is none": Case(_nothing, MERGE + " --shard-size huge", ("huge", "5GB")),
     # looking

@@ -211,14 +211,24 @@ def test_an_existing_output_is_left_alone_unless_told(
     output = tmp_path / "merged"
     output.mkdir()
     (output / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="already exists"):
-        merge_adapter(run, output)
+    for overwrite, said in ((False, "already exists"), (True, "has no mark of rrhf-peft")):
+        with pytest.raises(UserError, match=said):
+            merge_adapter(run, output, overwrite=overwrite)
+    for target in (run, run.parent, tiny_model_folder):
+        with pytest.raises(UserError, match=r"which this run reads|is what this run reads"):
+            merge_adapter(run, target, overwrite=True)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+    (output / "mine.txt").unlink()
+    merge_adapter(run, output)
+    before = (output / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="computes something else"):
         merge_adapter(run, output, overwrite=True, tolerance=1e-12)
-    assert [path.name for path in output.iterdir()] == ["mine.txt"]
-    merge_adapter(run, output, overwrite=True)
-    assert not (output / "mine.txt").exists()
-    assert (output / "model.safetensors").is_file()
+    assert (output / "model.safetensors").read_bytes() == before
+    merge_adapter(run, output, overwrite=True, dtype="bfloat16")
+    assert len((output / "model.safetensors").read_bytes()) < len(before)
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"holds mine\.txt, which rrhf-peft merge did not write"):
+        merge_adapter(run, output, overwrite=True)
     assert not list(tmp_path.glob(".merged*"))
 
 
@@ -233,7 +243,7 @@ def test_a_killed_merge_leaves_no_output_and_can_be_repeated(
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        partial = tmp_path / ".merged.partial"
+        partial = tmp_path / ".merged.rrhf-peft.partial"
         deadline = time.monotonic() + 60
         while len(list(partial.glob("*.safetensors"))) < 2:
             assert process.poll() is None
