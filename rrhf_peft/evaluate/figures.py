@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from rrhf_peft.evaluate.best_of import expected_best
 from rrhf_peft.evaluate.folder import OutputFolder
 from rrhf_peft.evaluate.measuring import Row, read_rows, read_samples
@@ -24,6 +26,7 @@ def make_figures(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
 
     Of each policy, over all k responses to every prompt, empty ones included:
         model, adapter, responses: what it is, and how many responses it gave.
+        template, quantization: as it was evaluated; `differs_from_training` says where that is not as it was trained.
         train: seconds, peak memory, steps and objective of the run in the adapter's (or model's) folder, or None.
         rewards: label -> mean over prompts of the mean reward, with a bootstrap interval over prompts.
         unrewarded: label -> responses that the scorer gave no reward; they do not count.
@@ -34,8 +37,13 @@ def make_figures(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
         distinct_1, distinct_2, repetition (seq-rep-4), words: of the texts (`evaluation.texts`).
         tokens, unfinished: mean tokens, and the share cut at max_new_tokens.
 
-    Of each comparison in `wins`: shares of win, tie and lose, each the mean over prompts of its share of the pairs
-    (response i against response i); the win rate at equal length; and `failures`, pairs without a verdict.
+    Of each policy but the one compared with, in `differences`: label -> how much more reward it has than that one on
+    the prompts that both were rewarded on, with an interval that resamples those prompts, and how many they are. The
+    policies answer the same prompts, so that this interval is narrower than those of the two means.
+
+    Of each comparison in `wins`: shares of win, tie and lose, each the mean over prompts of its share of the answer
+    pairs (response i against response i); the win rate, a tie counting half, with an interval over prompts, and what
+    it would be at equal length; and `failures`, pairs without a verdict.
 
     Raises:
         UserError: files of the folder do not fit together.
@@ -51,12 +59,28 @@ def make_figures(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
         "settings": _settings(plan),
         "headline": next(iter(section.scorers), None),
         "policies": {name: _policy(plan, folder, name, samples[name], rewards[name]) for name in plan.policies},
-        "wins": [],
     }
-    if section.wins is not None:
-        others = [name for name in plan.policies if name != section.wins.against]
-        figures["wins"] = [_wins(plan, folder, name, samples, rewards) for name in others]
+    against = section.wins.against if section.wins is not None else next(iter(plan.policies))
+    others = [name for name in plan.policies if name != against]
+    figures["differences"] = [
+        {"policy": name, "against": against, "rewards": _differences(plan, rewards[name], rewards[against])}
+        for name in others
+    ]
+    figures["wins"] = [_wins(plan, folder, name, samples, rewards) for name in others] if section.wins else []
     return figures
+
+
+def _differences(
+    plan: Plan, own: dict[str, list[list[float | None]]], other: dict[str, list[list[float | None]]]
+) -> dict[str, dict[str, Any]]:
+    """Label -> mean difference of the two policies' mean rewards over the prompts that both were rewarded on."""
+    found = {}
+    for label in own:
+        both = [(_known(mine), _known(theirs)) for mine, theirs in zip(own[label], other[label], strict=True)]
+        apart = [[float(np.mean(mine) - np.mean(theirs))] for mine, theirs in both if mine and theirs]
+        if apart:
+            found[label] = {**_estimate(plan, apart), "prompts": len(apart)}
+    return found
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -76,16 +100,18 @@ def _settings(plan: Plan) -> dict[str, Any]:
 def _policy(
     plan: Plan, folder: OutputFolder, name: str, rows: Sequence[Row], rewards: dict[str, list[list[float | None]]]
 ) -> dict[str, Any]:
-    section, stage = plan.section, plan.policies[name]
-    assert stage.model is not None
+    section, policy = plan.section, plan.policies[name]
     texts = [text for row in rows for text in row["responses"]]
     details = [own for row in rows for own in row["meta"]["candidates"]]
     known = {label: [_known(own) for own in groups] for label, groups in rewards.items()}
-    train = training_of(stage.adapter or stage.model.name)
+    train = training_of(policy.stage.adapter or policy.model.name)
     perplexity = _perplexity(folder, "perplexity", name) if section.perplexity is not None else None
     return {
-        "model": stage.model.name,
-        "adapter": stage.adapter,
+        "model": policy.model.name,
+        "adapter": policy.stage.adapter,
+        "template": policy.template,
+        "quantization": policy.model.quantization,
+        "differs_from_training": policy.differences,
         "responses": len(texts),
         "train": train,
         "rewards": {label: _estimate(plan, own) for label, own in known.items() if any(own)},
@@ -190,8 +216,10 @@ def _wins(
         for own, lengths in zip(verdicts, longer, strict=True)
     ]
     shares = win_shares([[one for one, _ in own] for own in pairs], [[more for _, more in own] for own in pairs])
+    rates = [[(one + 1) / 2 for one, _ in own] for own in pairs]  # a win counts 1, a tie half
+    rate = _estimate(plan, rates) if any(rates) else None
     failures = sum(verdict is None for own in verdicts for verdict in own)
-    return {"policy": name, "against": against, "by": by, **asdict(shares), "failures": failures}
+    return {"policy": name, "against": against, "by": by, **asdict(shares), "win_rate": rate, "failures": failures}
 
 
 def _by_reward(own: Sequence[float | None], theirs: Sequence[float | None], margin: float) -> list[int | None]:

@@ -67,12 +67,13 @@ def judge_perplexity(plan: Plan, folder: OutputFolder, processes: Processes, con
     section, judge = plan.section, plan.section.perplexity
     assert judge is not None
     loaded: list[tuple[Any, Any]] = []
-    form = TEMPLATES["raw" if section.template == "chat" else section.template]
 
     def begin() -> Callable[[Sequence[Row]], list[Row]]:
         if not loaded:
             loaded.append(_judge_model(plan))
         model, tokenizer = loaded[0]
+        is_plain = plan.judge_template == "chat" and not tokenizer.chat_template  # gpt2 judges what chat models say
+        form = TEMPLATES["raw" if is_plain else plan.judge_template]
 
         def work(rows: Sequence[Row]) -> list[Row]:
             texts = [form.response(text) for row in rows for text in row["responses"]]
@@ -133,18 +134,17 @@ def _recorded(folder: OutputFolder, stage: str, name: str) -> Any:
 
 
 def _policy(plan: Plan, name: str) -> PolicyScores:
-    section, stage = plan.section, plan.policies[name]
-    assert stage.model is not None
-    model, tokenizer = _loaded(stage.model)
-    if stage.adapter is not None:
-        model = attach_adapter(model, None, init_adapter=stage.adapter)
+    policy = plan.policies[name]
+    model, tokenizer = _loaded(policy.model)
+    if policy.stage.adapter is not None:
+        model = attach_adapter(model, None, init_adapter=policy.stage.adapter)
     return PolicyScores(
         model.eval().requires_grad_(False),
         tokenizer,
-        template=section.template,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_tokens=section.max_tokens,
-        batch_tokens=section.batch_tokens,
+        template=policy.template,
+        max_prompt_tokens=policy.max_prompt_tokens,
+        max_tokens=policy.max_tokens,
+        batch_tokens=plan.section.batch_tokens,
     )
 
 

@@ -5,11 +5,12 @@ A policy's answers and rewards are made by sampling and scoring, from recipes de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig
 
 from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
+from rrhf_peft.evaluate.trained import TrainedAs, trained_as
 from rrhf_peft.modeling import load_tokenizer, resolve_source
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, make_recipe
 from rrhf_peft.recipe.evaluation import PolicySection
@@ -28,6 +30,33 @@ from rrhf_peft.score.rule import load_rule
 
 
 @dataclass(frozen=True)
+class Policy:
+    """One policy as it is evaluated: as it was trained, unless the recipe says otherwise.
+
+    Attributes:
+        stage: its model and adapter.
+        template: how a prompt becomes text.
+        max_prompt_tokens: longer prompts lose their beginning; None keeps them whole.
+        max_tokens: prompt and reference (or labelled response) together.
+        stop: strings that end an answer.
+        differences: in words, where this is not how it was trained.
+    """
+
+    stage: Stage
+    template: str
+    max_prompt_tokens: int | None
+    max_tokens: int
+    stop: list[str]
+    differences: list[str]
+
+    @property
+    def model(self) -> ModelSection:
+        """The base, with how its weights are held."""
+        assert self.stage.model is not None
+        return self.stage.model
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is to be evaluated.
 
@@ -35,7 +64,7 @@ class Plan:
         recipe: with the section `evaluation`.
         section: that section.
         prompts: the held-out prompts.
-        policies: name -> model and adapter.
+        policies: name -> what is evaluated, and how.
         references: prompts with one reference answer each; empty where none were asked for.
         pairs: labelled groups; empty where none were asked for.
     """
@@ -43,9 +72,15 @@ class Plan:
     recipe: Recipe
     section: EvaluationSection
     prompts: list[RankedGroup]
-    policies: dict[str, Stage]
+    policies: dict[str, Policy]
     references: list[RankedGroup]
     pairs: list[RankedGroup]
+
+    @property
+    def judge_template(self) -> str:
+        """How the perplexity judge reads prompts: as the policies do, and raw where they differ; the same for all."""
+        templates = {policy.template for policy in self.policies.values()}
+        return templates.pop() if len(templates) == 1 else "raw"
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -57,7 +92,7 @@ def make_plan(recipe: Recipe) -> Plan:
     section = recipe.evaluation
     assert section is not None, "load_recipe(needs=['evaluation'])"
     prompts = _read("prompts", section.prompts, lambda where: read_groups(where, **_reading(section), needs="prompt"))
-    policies = {name: _policy(recipe, name, policy) for name, policy in section.policies.items()}
+    policies = _policies(recipe, section)
     _check_scorers(recipe, section)
     if section.perplexity is not None:
         if section.perplexity.model is None and recipe.model is None:
@@ -70,7 +105,10 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def sampling_recipe(plan: Plan, name: str, output: Path) -> Recipe:
     """What `rrhf-peft sample` would read to let one policy answer the prompts."""
-    return _sampling_recipe(plan.recipe, name, plan.section.policies[name], str(output))
+    policy, own = plan.policies[name], plan.recipe.model
+    model = policy.model if own is not None and policy.model.name == own.name else own
+    reads = {"template": policy.template, "stop": policy.stop, "max_prompt_tokens": policy.max_prompt_tokens}
+    return _sampling_recipe(plan.recipe, name, model, str(output), **reads)
 
 
 def scoring_recipe(plan: Plan, label: str, samples: Path, output: Path) -> Recipe:
@@ -93,12 +131,12 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
         found[file.as_posix()] = json.loads(json.dumps(settings))
 
     prompts = _digest([item.prompt for item in plan.prompts])
-    texts = section.model_dump(include={"template", "stop", "max_prompt_tokens"})
-    limits = section.model_dump(include={"template", "max_prompt_tokens", "max_tokens"})
     own_model = None if plan.recipe.model is None else plan.recipe.model.model_dump(mode="json")
-    for name, stage in plan.policies.items():
-        described = stage.describe()
-        policy = {"model": described["model"], "adapter": stage.adapter, "weights_sha256": described["files"]}
+    for name, evaluated in plan.policies.items():
+        described = evaluated.stage.describe()
+        policy = {"model": described["model"], "adapter": described["adapter"], "weights_sha256": described["files"]}
+        reads = {"template": evaluated.template, "max_prompt_tokens": evaluated.max_prompt_tokens}
+        texts, limits = {**reads, "stop": evaluated.stop}, {**reads, "max_tokens": evaluated.max_tokens}
         decoding = section.decoding.model_dump()
         add("samples", name, {**policy, "decoding": decoding, **texts, "seed": section.seed, "prompts_sha256": prompts})
         for label, scorer in section.scorers.items():
@@ -107,7 +145,7 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
             add("scored", name, {"scorer": own, "seed": section.seed, **reads_model}, label)
         if section.perplexity is not None:
             model = section.perplexity.model or own_model
-            judge = {"judge": model, "dtype": section.perplexity.dtype, "template": section.template}
+            judge = {"judge": model, "dtype": section.perplexity.dtype, "template": plan.judge_template}
             add("perplexity", name, judge)
         for stage_name, groups in (("references", plan.references), ("pairs", plan.pairs)):
             if groups:
@@ -121,6 +159,15 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Put the key in front of errors of code that knows nothing of evaluations."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def _read(key: str, where: str | list[str], read: Any) -> Any:
     try:
         return read(where)
@@ -132,34 +179,106 @@ def _reading(section: EvaluationSection) -> dict[str, Any]:
     return {"format": section.format, "split": section.split, "max_groups": section.max_prompts}
 
 
-def _policy(recipe: Recipe, name: str, policy: PolicySection) -> Stage:
+def _policies(recipe: Recipe, section: EvaluationSection) -> dict[str, Policy]:
+    """Every policy with the settings it is evaluated under: the recipe's, else those of its training.
+
+    A policy that no run folder tells of, such as the base, reads what the trained ones beside it agree on, so that
+    they are compared on the same terms.
+    """
+    runs: dict[str, TrainedAs] = {}
+    for name, policy in section.policies.items():
+        with told_of(f"evaluation.policies.{name}"):
+            if (run := trained_as(policy.adapter or policy.model)) is not None:
+                runs[name] = run
+    policies = {}
+    for name, policy in section.policies.items():
+        run = runs.get(name)
+
+        def setting(key: str, otherwise: Any, run: TrainedAs | None = run, name: str = name) -> Any:
+            wanted = getattr(section, key)
+            if wanted is not None:
+                return wanted
+            return getattr(run, key) if run is not None else _agreed(runs, key, name, otherwise)
+
+        model = _model_as_trained(recipe, policy, run, list(runs.values()))
+        chosen = Policy(
+            stage=_stage(recipe, name, policy, model),
+            template=setting("template", "raw"),
+            max_prompt_tokens=setting("max_prompt_tokens", None),
+            max_tokens=setting("max_tokens", 512),
+            stop=list(setting("stop", ())),
+            differences=[],
+        )
+        policies[name] = chosen if run is None else replace(chosen, differences=_differences(run, chosen))
+    return policies
+
+
+def _agreed(runs: dict[str, TrainedAs], key: str, name: str, otherwise: Any) -> Any:
+    """What all runs have in common, for a policy without a run of its own."""
+    values = {run_name: getattr(run, key) for run_name, run in runs.items()}
+    different = list(dict.fromkeys(values.values()))
+    if len(different) > 1:
+        said = ", ".join(f"{run_name}: {value}" for run_name, value in values.items())
+        raise UserError(
+            f"evaluation.{key}: the policies were trained with different ones ({said}), and nothing says which one "
+            f"{name} is to have. Set evaluation.{key}, or evaluate the policies that agree."
+        )
+    return different[0] if different else otherwise
+
+
+def _model_as_trained(
+    recipe: Recipe, policy: PolicySection, run: TrainedAs | None, runs: Sequence[TrainedAs]
+) -> ModelSection | None:
+    """The recipe's section `model`, its weights held as in training where the section does not say how.
+
+    A policy without a run, such as the base, has its weights held as those that all runs began from, if they agree.
+    """
+    if recipe.model is None or (policy.model is not None and policy.model != recipe.model.name):
+        return recipe.model
+    held = {(own.quantization, own.double_quant) for own in ([run] if run is not None else runs)}
+    if len(held) != 1 or "quantization" in recipe.model.model_fields_set:
+        return recipe.model
+    quantization, double_quant = held.pop()
+    return recipe.model.model_copy(update={"quantization": quantization, "double_quant": double_quant})
+
+
+def _differences(run: TrainedAs, policy: Policy) -> list[str]:
+    """Where a policy is not evaluated as it was trained, in words."""
+    both: dict[str, tuple[Any, Any]] = {
+        "template": (policy.template, run.template),
+        "max_prompt_tokens": (policy.max_prompt_tokens, run.max_prompt_tokens),
+        "stop": (policy.stop, list(run.stop)),
+        "quantization": (policy.model.quantization, run.quantization),
+    }
+    return [f"{key} {now or 'none'} (in training {then or 'none'})" for key, (now, then) in both.items() if now != then]
+
+
+def _stage(recipe: Recipe, name: str, policy: PolicySection, model: ModelSection | None) -> Stage:
     where = f"evaluation.policies.{name}"
-    if policy.model is None and recipe.model is None:
+    if policy.model is None and model is None:
         raise UserError(f"{where}: names no model, and the recipe has no section model. Set its model, or model.name.")
-    (stage,) = make_stages(_sampling_recipe(recipe, name, policy, "unused.jsonl"))
+    (stage,) = make_stages(_sampling_recipe(recipe, name, model, "unused.jsonl"))
     assert stage.model is not None
-    try:
+    with told_of(where):
         resolve_source(stage.model.name, revision=stage.model.revision)
         check_adapters([stage])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
     return stage
 
 
-def _sampling_recipe(recipe: Recipe, name: str, policy: PolicySection, output: str) -> Recipe:
+def _sampling_recipe(recipe: Recipe, name: str, model: ModelSection | None, output: str, **reads: Any) -> Recipe:
     section = recipe.evaluation
     assert section is not None
-    entry = {**section.decoding.model_dump(), **policy.model_dump(), "source": name}
+    entry = {**section.decoding.model_dump(), **section.policies[name].model_dump(), "source": name}
     sampling = {
         "prompts": section.prompts,
         "output": output,
         "candidates": [entry],
         "keep_provided": False,
-        **section.model_dump(
-            include={"format", "split", "template", "stop", "max_prompts", "max_prompt_tokens", "seed", "batch_tokens"}
-        ),
+        **section.model_dump(include={"format", "split", "max_prompts", "seed", "batch_tokens"}),
+        **reads,
     }
-    return make_recipe({**_model_values(recipe), "sampling": sampling}, f"evaluation.policies.{name}", needs=())
+    values: dict[str, Any] = {} if model is None else {"model": model.model_dump()}
+    return make_recipe({**values, "sampling": sampling}, f"evaluation.policies.{name}", needs=())
 
 
 def _model_values(recipe: Recipe) -> dict[str, Any]:
@@ -195,22 +314,21 @@ def _check_scorers(recipe: Recipe, section: EvaluationSection) -> None:
             raise UserError(f"{where}: {error}") from None
 
 
-def _check_context(section: EvaluationSection, prompts: Sequence[RankedGroup], policies: dict[str, Stage]) -> None:
+def _check_context(section: EvaluationSection, prompts: Sequence[RankedGroup], policies: dict[str, Policy]) -> None:
     """Prompt and response must fit into what every policy can read."""
     longest: dict[str, int] = {}  # models with different adapters are looked at once
-    for name, stage in policies.items():
-        assert stage.model is not None
-        context = _context(stage.model)
+    for name, policy in policies.items():
+        context = _context(policy.model)
         if context is None:
             continue
-        if (section.references is not None or section.pairs is not None) and section.max_tokens > context:
+        if (section.references is not None or section.pairs is not None) and policy.max_tokens > context:
             raise UserError(
-                f"evaluation.max_tokens: {section.max_tokens} is more than the policy {name} can read ({context} "
+                f"evaluation.max_tokens: {policy.max_tokens} is more than the policy {name} can read ({context} "
                 f"tokens). Set it to {context} or less."
             )
-        key = stage.model.model_dump_json()
+        key = json.dumps([policy.model.model_dump(mode="json"), policy.template, policy.max_prompt_tokens])
         if key not in longest:
-            longest[key] = _longest_prompt(section, prompts, stage.model)
+            longest[key] = _longest_prompt(policy, prompts)
         room = context - section.decoding.max_new_tokens
         if longest[key] > room:
             raise UserError(
@@ -220,11 +338,11 @@ def _check_context(section: EvaluationSection, prompts: Sequence[RankedGroup], p
             )
 
 
-def _longest_prompt(section: EvaluationSection, prompts: Sequence[RankedGroup], model: ModelSection) -> int:
-    tokenizer, form = tokenizer_of(model), TEMPLATES[section.template]
-    texts = [prompt_text(item, tokenizer, section.template) for item in prompts]
+def _longest_prompt(policy: Policy, prompts: Sequence[RankedGroup]) -> int:
+    tokenizer, form = tokenizer_of(policy.model), TEMPLATES[policy.template]
+    texts = [prompt_text(item, tokenizer, policy.template) for item in prompts]
     add_bos = not form.writes_bos
-    return max(map(len, encode_prompts(tokenizer, texts, add_bos=add_bos, max_tokens=section.max_prompt_tokens)))
+    return max(map(len, encode_prompts(tokenizer, texts, add_bos=add_bos, max_tokens=policy.max_prompt_tokens)))
 
 
 def tokenizer_of(model: ModelSection) -> Any:

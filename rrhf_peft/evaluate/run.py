@@ -10,10 +10,8 @@ continues, and another policy in the recipe costs its own share only.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -22,12 +20,11 @@ from rrhf_peft.evaluate.evaluation import Evaluation, finished_evaluation
 from rrhf_peft.evaluate.figures import make_figures
 from rrhf_peft.evaluate.folder import EVALUATION, RECIPE, TABLE, OutputFolder, is_finished
 from rrhf_peft.evaluate.measuring import judge_perplexity, judge_wins, policy_log_probs
-from rrhf_peft.evaluate.plan import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of
+from rrhf_peft.evaluate.plan import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of, told_of
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import exclusive, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, recipe_text
 from rrhf_peft.recipe.scoring import JudgeScorer
-from rrhf_peft.records import UserError
 from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import score_recipe
 
@@ -58,14 +55,14 @@ def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console
         processes.on_main(begin)
         for number, name in enumerate(plan.policies, start=1):
             console.print(f"policy {name} ({number} of {len(plan.policies)})", highlight=False, style="bold")
-            with _told_of(f"evaluation.policies.{name}"):
+            with told_of(f"evaluation.policies.{name}"):
                 _answer(plan, folder, name, console)
                 policy_log_probs(plan, folder, name, processes, console)
         if plan.section.perplexity is not None:
-            with _told_of("evaluation.perplexity"):
+            with told_of("evaluation.perplexity"):
                 judge_perplexity(plan, folder, processes, console)
         if plan.section.wins is not None and isinstance(plan.section.wins.by, JudgeScorer):
-            with _told_of("evaluation.wins.by"):
+            with told_of("evaluation.wins.by"):
                 judge_wins(plan, folder, processes, console)
         processes.wait_for_all()
         if processes.is_main:
@@ -82,7 +79,7 @@ def _answer(plan: Plan, folder: OutputFolder, name: str, console: Console) -> No
     for label in plan.section.scorers:
         scored = folder.file("scored", name, label)
         if not is_finished(scored):
-            with _told_of(f"scorer {label}"):
+            with told_of(f"scorer {label}"):
                 recipe = scoring_recipe(plan, label, samples, scored)
                 score_recipe(recipe, console=console, least_responses=1)
 
@@ -102,12 +99,3 @@ def _plot(folder: Path) -> None:
         from rrhf_peft.evaluate.plots import write_plots
 
         write_plots(folder)
-
-
-@contextlib.contextmanager
-def _told_of(where: str) -> Iterator[None]:
-    """Put the place in front of errors of sampling and scoring, which know nothing of evaluations."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None

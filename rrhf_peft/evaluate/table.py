@@ -86,6 +86,7 @@ def _columns(figures: Mapping[str, Any]) -> list[list[Column]]:
         return value
 
     worth: list[Column] = [(f"reward {label}", interval(".3f", "rewards", label)) for label in labels]
+    worth += _difference_columns(figures)
     worth += [
         ("perplexity", number(".2f", "perplexity")),
         ("reference perplexity", number(".2f", "reference_perplexity")),
@@ -111,6 +112,20 @@ def _columns(figures: Mapping[str, Any]) -> list[list[Column]]:
     return [[column for column in part if any(column[1](name) for name in policies)] for part in (worth, writing)]
 
 
+def _difference_columns(figures: Mapping[str, Any]) -> list[Column]:
+    """How much more reward by the headline scorer than the policy compared with, on the prompts that both have."""
+    label, rows = figures["headline"], figures["differences"]
+    apart = {row["policy"]: row["rewards"][label] for row in rows if label in row["rewards"]}
+    if not apart:
+        return []
+
+    def value(name: str) -> str | None:
+        own = apart.get(name)
+        return None if own is None else f"{own['mean']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}]"
+
+    return [(f"more than {rows[0]['against']}", value)]
+
+
 def _win_columns(wins: Sequence[Mapping[str, Any]]) -> list[Column]:
     if not any(own["prompts"] for own in wins):
         return []
@@ -121,11 +136,19 @@ def _win_columns(wins: Sequence[Mapping[str, Any]]) -> list[Column]:
         own = rows.get(name)
         return None if own is None else " / ".join(f"{own[key]:.0%}" for key in ("win", "tie", "lose"))
 
-    def controlled(name: str) -> str | None:
-        rate = rows.get(name, {}).get("length_controlled_win_rate")
-        return None if rate is None else f"{rate:.0%}"
+    def rate(name: str) -> str | None:
+        own = (rows.get(name) or {}).get("win_rate")
+        return None if own is None else f"{own['mean']:.0%} [{own['low']:.0%}, {own['high']:.0%}]"
 
-    return [(f"win / tie / lose against {against}", shares), ("win rate at equal length", controlled)]
+    def controlled(name: str) -> str | None:
+        at_equal_length = rows.get(name, {}).get("length_controlled_win_rate")
+        return None if at_equal_length is None else f"{at_equal_length:.0%}"
+
+    return [
+        (f"win / tie / lose against {against}", shares),
+        (f"win rate against {against}", rate),
+        ("win rate at equal length", controlled),
+    ]
 
 
 def _note(figures: Mapping[str, Any]) -> str:
@@ -138,11 +161,20 @@ def _note(figures: Mapping[str, Any]) -> str:
     ]
     if settings["perplexity_judge"] is not None:
         parts.append(f"perplexity under {settings['perplexity_judge']}")
-    parts += [f"wins by {by}" for by in dict.fromkeys(own["by"] for own in figures["wins"])]
+    if len(figures["differences"]) and figures["headline"] is not None:
+        parts.append(f"'more than' compares answers to the same prompts by {figures['headline']}")
+    parts += [
+        f"wins are shares of answer pairs, each prompt weighing the same, by {by}"
+        for by in dict.fromkeys(own["by"] for own in figures["wins"])
+    ]
     unrewarded = sum(sum(own["unrewarded"].values()) for own in figures["policies"].values())
     if unrewarded:
-        parts.append(f"{unrewarded} rewards missing")
+        parts.append(f"{unrewarded} rewards missing, so that the means may be over different prompts")
     failures = sum(own["failures"] for own in figures["wins"])
     if failures:
         parts.append(f"{failures} comparisons failed")
-    return "; ".join(parts) + "."
+    said = "; ".join(parts) + "."
+    for name, own in figures["policies"].items():
+        if own["differs_from_training"]:
+            said += f" Not as it was trained: {name}, {', '.join(own['differs_from_training'])}."
+    return said

@@ -15,7 +15,11 @@ from rrhf_peft.recipe.section import Filled, OutputPath, Paths, Section
 
 
 class PolicySection(Section):
-    """One policy: the recipe's model, another one, or an adapter on either."""
+    """One policy: the recipe's model, another one, or an adapter on either.
+
+    A run folder brings its recipe: template, limits, stop strings and quantisation are those of its training where
+    this recipe does not set them.
+    """
 
     model: Filled | None = Field(None, description="Hub id or folder, a merged one too. Unset: the recipe's model.")
     adapter: Filled | None = Field(None, description="PEFT adapter to put on that model: a run folder or hub id.")
@@ -55,11 +59,21 @@ class EvaluationSection(Section):
     prompts: Paths = Field(description="Held-out prompts, in any form that `sampling.prompts` takes.")
     format: str = Field("auto", description="Importer for ranked files; auto recognises the columns.")
     split: str = Field("test", description="Split to read from hub ids and folders.")
-    template: Literal["raw", "hh", "alpaca", "chat"] = Field("raw", description="As data.template in training.")
-    stop: list[str] = Field(default_factory=list, description="As `sampling.stop`.")
+    template: Literal["raw", "hh", "alpaca", "chat"] | None = Field(
+        None,
+        description="As data.template in training. Unset: as the policies were trained, and raw where no run says.",
+    )
+    stop: list[str] | None = Field(None, description="As `sampling.stop`. Unset: as the policies were trained online.")
     max_prompts: int | None = Field(None, ge=1, description="Read only the first this many prompts.")
-    max_prompt_tokens: int | None = Field(None, ge=2, description="As `sampling.max_prompt_tokens`.")
-    max_tokens: int = Field(512, ge=2, description="As data.max_tokens: the longest prompt with its reference.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=2, description="As `sampling.max_prompt_tokens`. Unset: as the policies were trained."
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="As data.max_tokens: the longest prompt with its reference. Unset: as trained, and 512 where no "
+        "run says.",
+    )
     policies: dict[str, PolicySection] = Field(min_length=1, description="Name in the tables -> policy.")
     decoding: DecodingSection = Field(default_factory=DecodingSection, description="The same for every policy.")
     scorers: dict[str, ScorerSection] = Field(

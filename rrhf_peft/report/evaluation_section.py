@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rrhf_peft.evaluate.plots import EvaluationFolder, Plot, Style, WinRow, evaluation_plots
 from rrhf_peft.evaluate.plots.canvas import WIDTH
 from rrhf_peft.evaluate.plots.folder import PolicyNumbers
+from rrhf_peft.evaluate.reward import Interval
 from rrhf_peft.report.blocks import Examples, Paragraph, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.report.examples import examples
 from rrhf_peft.report.numbers import MISSING, count, duration, estimate, is_number, memory, number
@@ -21,7 +22,7 @@ _CAPTIONS = {
     "reward_perplexity": "Up is better rewarded, left is more fluent. Reward that is bought with perplexity "
     "is over-optimisation.",
     "best_of_n": "Mean over prompts of the best of n responses' reward.",
-    "wins": "Of the same prompts answered by both.",
+    "wins": "Of answer pairs: response i to a prompt against the other's response i; every prompt weighs the same.",
     "reward_histogram": "Rewards of single responses; dashed lines are means.",
 }
 
@@ -90,22 +91,26 @@ def in_words(evaluation: EvaluationFolder) -> list[str]:
     else:
         than = f", against {_spoken(evaluation, first)} of {first}" if first in rewards else ""
         said.append(f"{on}{best} has the highest mean reward by {label}: {_spoken(evaluation, best)}{than}.")
-        if first in rewards:
-            said.append(_apart(rewards[first], rewards[best]))
+        if first in rewards and label is not None:
+            said.append(_apart(evaluation.difference(best, first, label)))
     for row in evaluation.wins:
         if row.policy == best:
             won, tied, lost = _shares(row)
             by = "" if row.by == label else f" by {row.by}"
-            said.append(f"It wins {won} of the comparisons with {row.against}{by}, ties {tied} and loses {lost}.")
+            said.append(f"It wins {won} of the answer pairs against {row.against}{by}, ties {tied} and loses {lost}.")
     own, other = evaluation.policies[best].perplexity, evaluation.policies[first].perplexity
     if best != first and is_number(own) and is_number(other):
         said.append(f"The perplexity of its text is {number(own)}, that of {first}'s {number(other)}.")
     return [" ".join(part for part in said if part)]
 
 
-def _apart(one: Any, other: Any) -> str:
-    overlap = other.low <= one.high and one.low <= other.high
-    return "Their intervals overlap: the difference may be chance." if overlap else ""
+def _apart(difference: Interval | None) -> str:
+    """Of rewards on the same prompts: whether their difference may be chance."""
+    if difference is None or not (is_number(difference.low) and is_number(difference.high)):
+        return ""
+    said = f"On the same prompts it has {number(difference.mean)} more ({number(difference.low)} to "
+    said += f"{number(difference.high)})"
+    return said + (": the difference may be chance." if difference.low <= 0 <= difference.high else ".")
 
 
 def _spoken(evaluation: EvaluationFolder, name: str) -> str:
@@ -166,7 +171,7 @@ def _paper_columns(evaluation: EvaluationFolder) -> list[_Column]:
         columns.append(
             _Column(
                 f"win / tie / lose v. {against}",
-                f"of prompts, by {by}",
+                f"of answer pairs, every prompt weighing the same, by {by}",
                 _wins_cell(evaluation, against, by, lambda row: " / ".join(_shares(row))),
             )
         )

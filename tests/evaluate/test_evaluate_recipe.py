@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import string
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import tokenize_groups
 from rrhf_peft.evaluate.evaluation import finished_evaluation
+from rrhf_peft.evaluate.figures import _differences
+from rrhf_peft.evaluate.plan import make_plan, sampling_recipe
 from rrhf_peft.evaluate.ranking import kendall_tau, pair_accuracy
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.evaluate.texts import distinct_n
+from rrhf_peft.evaluate.trained import trained_as
 from rrhf_peft.evaluate.wins import length_controlled_win_rate
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import RankedGroup, UserError
@@ -33,6 +37,7 @@ PAIRS = [
 REFERENCES = [{"prompt": "Say it", "responses": ["I said it."]}, {"prompt": "Again", "responses": ["Again and again."]}]
 POLICY_KEYS = {
     *("model", "adapter", "responses", "train", "rewards", "unrewarded", "best_of_n", "perplexity"),
+    *("template", "quantization", "differs_from_training"),
     *("reference_perplexity", "preference", "distinct_1", "distinct_2", "repetition", "words", "tokens", "unfinished"),
 }
 
@@ -185,6 +190,98 @@ def test_preferences_are_those_of_the_oracle(whole, tiny_model_folder):
     taus = [kendall_tau(p, r) for p, r in zip(preferences, scores, strict=True)]
     assert found["kendall_tau"] == pytest.approx(sum(taus) / len(taus))
     assert (found["groups"], len(taus)) == (3, 3)  # one group has equal scores only
+
+
+def test_differences_are_paired_over_the_prompts(whole):
+    """The interval is of the differences prompt by prompt, and not of two independent means."""
+    folder, _, evaluation = whole
+    per_prompt = {
+        name: [
+            np.mean(letters("", row["responses"])) for row in read_rows(folder / "out" / "samples" / f"{name}.jsonl")
+        ]
+        for name in ("base", "trained")
+    }
+    apart = np.array(per_prompt["trained"]) - np.array(per_prompt["base"])
+    (row,) = evaluation.to_dict()["differences"]
+    found = row["rewards"]["letters"]
+    assert (row["policy"], row["against"], found["prompts"]) == ("trained", "base", 6)
+    assert found["mean"] == pytest.approx(apart.mean())
+    random = np.random.default_rng(1)
+    low, high = np.quantile([random.choice(apart, 6).mean() for _ in range(20_000)], [0.025, 0.975])
+    assert found["low"] == pytest.approx(low, abs=0.2 * (high - low))
+    assert found["high"] == pytest.approx(high, abs=0.2 * (high - low))
+    win = evaluation.to_dict()["wins"][0]
+    assert win["win_rate"]["mean"] == pytest.approx(win["win"] + win["tie"] / 2)
+    assert 0 <= win["win_rate"]["low"] <= win["win_rate"]["mean"] <= win["win_rate"]["high"] <= 1
+    assert "more than base" in evaluation.markdown()
+    assert "win rate against base" in evaluation.markdown()
+
+
+def test_missing_rewards_are_compared_on_the_prompts_that_both_have():
+    plan = SimpleNamespace(section=SimpleNamespace(confidence=0.95, resamples=200, seed=0))
+    own = {"label": [[1.0, 3.0], [None, None], [5.0, None]]}
+    other = {"label": [[0.0, 0.0], [100.0, 100.0], [4.0, 4.0]]}
+    found = _differences(plan, own, other)["label"]
+    assert (found["mean"], found["prompts"]) == (1.5, 2)
+    assert _differences(plan, {"label": [[None]]}, {"label": [[1.0]]}) == {}
+
+
+@pytest.fixture(scope="module")
+def trained_hh(tiny_model_folder, tmp_path_factory):
+    """A run folder that was trained on HH prompts, limited, on an NF4 base."""
+    folder = tmp_path_factory.mktemp("trained-hh")
+    limits = {"template": "hh", "max_prompt_tokens": 40, "max_tokens": 80}
+    training = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    values = {
+        "model": {"name": str(tiny_model_folder), "quantization": "nf4"},
+        "adapter": {"r": 4},
+        "data": {"train": write_rows(folder / "pairs.jsonl", PAIRS), **limits},
+        "objective": {"name": "sft"},
+        "training": {"output_dir": str(folder / "run"), **training},
+    }
+    train_recipe(make_recipe(values), console=Console(quiet=True))
+    return folder / "run"
+
+
+def test_a_policy_is_evaluated_as_it_was_trained(tiny_model_folder, trained_hh, tmp_path):
+    policies = {"base": {}, "mine": {"adapter": str(trained_hh)}}
+    plan = make_plan(evaluation_recipe(tiny_model_folder, tmp_path, policies=policies))
+    for policy in plan.policies.values():  # the base as well: what training began from
+        assert (policy.template, policy.max_prompt_tokens, policy.max_tokens) == ("hh", 40, 80)
+        assert policy.model.quantization == "nf4"
+        assert policy.differences == []
+    sampling = sampling_recipe(plan, "mine", tmp_path / "out.jsonl")
+    assert (sampling.sampling.template, sampling.sampling.max_prompt_tokens) == ("hh", 40)
+    assert sampling.model.quantization == "nf4"
+    assert plan.judge_template == "hh"
+
+
+def test_a_difference_from_training_is_shown(tiny_model_folder, trained_hh, tmp_path):
+    decoding = {"k": 1, "max_new_tokens": 2}
+    policies = {"mine": {"adapter": str(trained_hh)}}
+    recipe = evaluation_recipe(tiny_model_folder, tmp_path, policies=policies, template="raw", decoding=decoding)
+    evaluation = evaluate_recipe(recipe)
+    own = evaluation.to_dict()["policies"]["mine"]
+    assert (own["template"], own["quantization"]) == ("raw", "nf4")
+    assert own["differs_from_training"] == ["template raw (in training hh)"]
+    assert "Not as it was trained: mine, template raw (in training hh)." in evaluation.markdown()
+
+
+def test_runs_that_disagree_leave_the_base_open(tiny_model_folder, trained, trained_hh, tmp_path):
+    policies = {"one": {"adapter": str(trained)}, "other": {"adapter": str(trained_hh)}}
+    plan = make_plan(evaluation_recipe(tiny_model_folder, tmp_path, policies=policies))
+    assert [policy.template for policy in plan.policies.values()] == ["raw", "hh"]
+    with pytest.raises(UserError, match=r"evaluation.template: .*one: raw, other: hh.* base .*Set evaluation.template"):
+        make_plan(evaluation_recipe(tiny_model_folder, tmp_path, policies={**policies, "base": {}}))
+
+
+def test_a_recipe_in_the_parent_folder_says_nothing_about_an_adapter(trained_hh, tmp_path):
+    shutil.copytree(trained_hh, tmp_path / "project" / "adapter")
+    (tmp_path / "project" / "adapter" / "recipe.yaml").rename(tmp_path / "project" / "recipe.yaml")
+    assert trained_as(str(tmp_path / "project" / "adapter")) is None
+    shutil.copytree(trained_hh, tmp_path / "run" / "checkpoint-3")
+    (tmp_path / "run" / "checkpoint-3" / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml")
+    assert trained_as(str(tmp_path / "run" / "checkpoint-3")).template == "hh"
 
 
 def test_the_adapter_makes_a_difference_everywhere(whole):

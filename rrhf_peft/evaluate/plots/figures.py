@@ -145,11 +145,11 @@ def histogram_figure(
 
 
 def wins_figure(rows: Sequence[WinRow]) -> Any:
-    """Shares of prompts won, tied and lost, a bar per comparison."""
+    """Shares of answer pairs won, tied and lost, a bar per comparison."""
     figure = new_figure(WIDTH, 1.5 + 0.4 * len(rows))
     axes = figure.subplots()
     against, judges = {row.against for row in rows}, {row.by for row in rows}
-    dress(axes, x="share of prompts, %", grid="x")
+    dress(axes, x="share of answer pairs, %", grid="x")
     for place, row in enumerate(rows):
         total = row.win + row.tie + row.lose
         left = 0.0

@@ -76,8 +76,16 @@ class PolicyNumbers(_Read):
     unfinished: float | None = None
 
 
+class DifferenceRow(_Read):
+    """How much more reward one policy has than another on the same prompts, by each scorer."""
+
+    policy: str
+    against: str
+    rewards: dict[str, _Estimate] = Field(default_factory=dict)
+
+
 class WinRow(_Read):
-    """One policy against another: win, tie and lose as shares or counts of prompts."""
+    """One policy against another: win, tie and lose as shares of answer pairs, every prompt weighing the same."""
 
     policy: str
     against: str
@@ -86,6 +94,7 @@ class WinRow(_Read):
     tie: float = Field(ge=0)
     lose: float = Field(ge=0)
     prompts: int | None = None
+    win_rate: _Estimate | None = None
     length_controlled_win_rate: float | None = None
 
 
@@ -95,6 +104,7 @@ class _File(_Read):
     headline: str | None = None
     policies: dict[str, PolicyNumbers] = Field(min_length=1)
     wins: list[WinRow] = Field(default_factory=list)
+    differences: list[DifferenceRow] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ class EvaluationFolder:
         headline: Label of the scorer that comes first; None where nothing was scored.
         policies: Name -> numbers, in the order of the recipe.
         wins: Comparisons, those without a single prompt left out.
+        differences: Rewards compared on the same prompts.
     """
 
     homes: dict[str, Path]
@@ -114,6 +125,14 @@ class EvaluationFolder:
     headline: str | None
     policies: dict[str, PolicyNumbers]
     wins: list[WinRow]
+    differences: list[DifferenceRow]
+
+    def difference(self, policy: str, against: str, label: str) -> Interval | None:
+        """How much more reward by a scorer `policy` has than `against`; None where that was not compared."""
+        for row in self.differences:
+            if (row.policy, row.against) == (policy, against) and label in row.rewards:
+                return row.rewards[label].interval()
+        return None
 
     def rewards(self, label: str) -> dict[str, Interval]:
         """Policy -> mean reward by one scorer, where there is one."""
@@ -174,7 +193,7 @@ def read_evaluation(path: Path) -> EvaluationFolder:
         raise UserError(f"{file}: this is not JSON ({error}). Evaluate again.") from None
     wins = [row for row in saved.wins if row.win + row.tie + row.lose > 0]
     homes = dict.fromkeys(saved.policies, path)
-    return EvaluationFolder(homes, saved.settings, saved.headline, saved.policies, wins)
+    return EvaluationFolder(homes, saved.settings, saved.headline, saved.policies, wins, saved.differences)
 
 
 def joined(evaluations: Sequence[EvaluationFolder]) -> EvaluationFolder:
@@ -186,6 +205,7 @@ def joined(evaluations: Sequence[EvaluationFolder]) -> EvaluationFolder:
         headline=first.headline,
         policies={name: own for one in evaluations for name, own in one.policies.items()},
         wins=[row for one in evaluations for row in one.wins],
+        differences=[row for one in evaluations for row in one.differences],
     )
 
 
