@@ -167,7 +167,7 @@ class OpenAIClient:
                 return reply
             self._count(kind)
             if not again or attempt == self.max_retries or self._stop.is_set():
-                reason = f"{kind} after {attempt + 1} attempts" if attempt else kind
+                reason = f"{kind} after {attempt + 1} attempts" if again and attempt else kind
                 raise self._failed(kind, reason, self._clean(words), prompt, refused)
             self._count("retries")
             doubled = min(self.first_pause * 2.0 ** min(attempt, 20), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
@@ -175,7 +175,10 @@ class OpenAIClient:
         raise AssertionError("the last attempt returns or raises")
 
     def gather(
-        self, function: Callable[[Item], Result], items: Sequence[Item], done: Callable[[int], None] | None = None
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        done: Callable[[int, Result], None] | None = None,
     ) -> list[Result]:
         """``[function(item) for item in items]``, `concurrency` at a time; `function` calls `ask`.
 
@@ -184,7 +187,7 @@ class OpenAIClient:
         Args:
             function: Called in a thread for each item.
             items: What to ask.
-            done: Told, in the calling thread, of the index of every item that is done.
+            done: Told, in the calling thread, of the index and the result of every item that is done.
 
         Raises:
             UserError: from `ask`; or not one request of these was answered.
@@ -216,7 +219,7 @@ class OpenAIClient:
                 if error is not None:
                     raise error
                 if done is not None:
-                    done(index)
+                    done(index, results[index])
         finally:
             stop.set()
         with self._lock:

@@ -202,9 +202,9 @@ def test_failures_stay_with_their_requests_and_order_is_kept():
         client, _ = client_of(url, concurrency=3, known_to_answer=False)
         done = []
         texts = [f"q{number}" for number in range(40)]
-        found = client.gather(lambda text: failed(client, text), texts, done.append)
+        found = client.gather(lambda text: failed(client, text), texts, lambda *result: done.append(result))
     assert found == ["http 400: too long" if text == "q3" else f"about {text}" for text in texts]
-    assert sorted(done) == list(range(40))
+    assert sorted(done) == list(enumerate(found))
     assert server.most_at_once <= 3
 
 

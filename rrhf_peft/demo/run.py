@@ -31,7 +31,7 @@ from rrhf_peft.merge.run import merge_adapter
 from rrhf_peft.modeling import load_base_model, load_tokenizer
 from rrhf_peft.recipe import Recipe, make_recipe, recipe_text
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.transformers_backend import sample_top_p
+from rrhf_peft.sample.transformers_policy import sample_top_p
 from rrhf_peft.score.rule import load_rule
 from rrhf_peft.train.run import train_recipe
 

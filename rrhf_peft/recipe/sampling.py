@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,9 @@ _STRATEGY_SETTINGS = set().union(*READS.values())
 
 class EndpointSection(Section):
     """A server that speaks OpenAI's HTTP API."""
+
+    #: What changes no response: how the server is reached, and how hard it is tried.
+    EFFORT: ClassVar[frozenset[str]] = frozenset({"base_url", "api_key_env", "concurrency", "timeout", "max_retries"})
 
     base_url: Filled = Field(description="For example http://localhost:8000/v1.")
     model: Filled = Field(description="The name under which the server knows the model.")

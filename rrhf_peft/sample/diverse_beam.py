@@ -20,9 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from rrhf_peft.sample.cached_steps import CachedSteps
-from rrhf_peft.sample.stopping import StopStrings
-from rrhf_peft.sample.top_p import Generated
+from rrhf_peft.sample.steps import CachedSteps, Generated, StopStrings
 
 #: The score of what cannot be chosen, as in transformers.
 _NEVER = -1.0e9

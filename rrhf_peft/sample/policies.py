@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 import torch
 
-from rrhf_peft.data import chat_messages, prompt_text
-from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter
+from rrhf_peft.data import prompt_text, stop_token_ids, tokenization_fingerprint
+from rrhf_peft.modeling import attach_adapter, base_of, read_adapter, tokenizer_of
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection, takes_from_base
 from rrhf_peft.recipe.online import OnlineSection
+from rrhf_peft.recipe.sampling import EndpointSection
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.candidate import Candidate, Decoding
+from rrhf_peft.sample.candidate import Answers, Candidate, Decoding
 from rrhf_peft.sample.endpoint import EndpointPolicy
 from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
@@ -34,22 +35,25 @@ Progress = Callable[[int, int], None]
 class Policy(Protocol):
     """Something that answers prompts; may give fewer candidates than asked for, never more."""
 
+    #: Fingerprint of the tokenizer and template that the candidates' token ids belong to, where they have some.
+    tokenizer_fingerprint: str | None
+
     def respond(
         self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
-    ) -> list[list[Candidate]]:
-        """The candidates of each prompt, in order; `keys` name the prompts' random streams."""
+    ) -> list[Answers]:
+        """The answers to each prompt, in order; `keys` name the prompts' random streams."""
 
 
 @dataclass
 class Stage:
-    """One policy, and the entries (place in `sampling.candidates` and section) that it answers.
+    """One policy, and the entries (index in `sampling.candidates` and section) that it answers.
 
     Attributes:
         name: How sources call it.
         backend: transformers, vllm or endpoint.
         model: The base; None for an endpoint.
         adapter: Folder or hub id of the adapter on it.
-        entries: Place in the recipe -> section.
+        entries: Index in the recipe -> section.
     """
 
     name: str
@@ -59,15 +63,20 @@ class Stage:
     entries: dict[int, CandidatesSection] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that its responses depend on, the prompts apart; JSON values."""
+        """The weights that all its responses depend on; JSON values."""
         return {
             "model": None if self.model is None else self.model.model_dump(mode="json"),
             "files": [_folder_digest(name) for name in (self.model and self.model.name, self.adapter) if name],
             "adapter": self.adapter,
-            "entries": {
-                str(place): entry.model_dump(mode="json", exclude={"source"}) for place, entry in self.entries.items()
-            },
         }
+
+
+def describe_entry(entry: CandidatesSection) -> dict[str, Any]:
+    """The settings that an entry's responses depend on: not how they are called, nor how hard a server is tried."""
+    values = entry.model_dump(mode="json", exclude={"source"})
+    if entry.endpoint is not None:
+        values["endpoint"] = entry.endpoint.model_dump(mode="json", exclude=set(EndpointSection.EFFORT))
+    return values
 
 
 def make_stages(recipe: Recipe) -> list[Stage]:
@@ -137,13 +146,18 @@ def _base_key(stage: Stage) -> str:
 
 
 def _folder_digest(name: str) -> str:
-    """What tells one local checkpoint from another: small files by content, weights by name and size."""
+    """What tells one local checkpoint from another: small files by content, weights by size and by samples of them."""
     folder, digest = Path(name).expanduser(), hashlib.sha256(name.encode())
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         if path.name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:  # every byte of 100 GB would take minutes at every start
+                for offset in range(0, size, max(size // 64, 1)):
+                    file.seek(offset)
+                    digest.update(file.read(4096))
     return digest.hexdigest()
 
 
@@ -159,8 +173,12 @@ class PolicyLoader:
         self._tokenizer: Any = None
         self._current: Any = None
 
-    def load(self, stage: Stage) -> Policy:
+    def load(self, stage: Stage, *, known_to_answer: bool = False) -> Policy:
         """The stage's policy; the one before it must not be used any more.
+
+        Args:
+            stage: What to load.
+            known_to_answer: An earlier run has got answers from it; of interest to an endpoint.
 
         Raises:
             UserError: it cannot be loaded, or an extra is not installed.
@@ -168,20 +186,23 @@ class PolicyLoader:
         if self._current is not None and stage.backend != "transformers":
             self._forget()
         if stage.backend == "endpoint":
-            endpoint = next(iter(stage.entries.values())).endpoint
-            assert endpoint is not None
-            return _Endpoint(EndpointPolicy(**endpoint.model_dump()), self.sampling)
+            index, entry = next(iter(stage.entries.items()))
+            assert entry.endpoint is not None
+            at = f"sampling.candidates.{index}.endpoint"
+            return EndpointPolicy(entry.endpoint, self.sampling.template, at=at, known_to_answer=known_to_answer)
         assert stage.model is not None
         if stage.backend == "vllm":
-            tokenizer = _tokenizer_of(stage.model)
+            tokenizer = tokenizer_of(stage.model)
             policy = VllmPolicy(stage.model.name, **_vllm_settings(stage.model), adapter=stage.adapter)
             return _Tokenized(tokenizer, self.sampling, policy.respond)
         model = self._model(stage)
-
-        def answer(prompts: Any, keys: Any, decoding: Decoding, progress: Progress) -> list[list[Candidate]]:
-            return respond(model, self._tokenizer, prompts, keys, decoding, self.budget, progress)
-
         self._current = model
+
+        def answer(
+            prompts: Any, keys: Any, decoding: Decoding, progress: Progress, **more: Any
+        ) -> list[list[Candidate]]:
+            return respond(model, self._tokenizer, prompts, keys, decoding, self.budget, progress, **more)
+
         return _Tokenized(self._tokenizer, self.sampling, answer)
 
     def _model(self, stage: Stage) -> Any:
@@ -195,16 +216,8 @@ class PolicyLoader:
             self._adapted = None
         if self._base_key != _base_key(stage):
             self._forget()
-            self._tokenizer = _tokenizer_of(model)
-            self._base = load_base_model(
-                model.name,
-                revision=model.revision,
-                dtype=model.dtype,
-                quantization=model.quantization,
-                double_quant=model.double_quant,
-                attention=model.attention,
-                trust_remote_code=model.trust_remote_code,
-            )
+            self._tokenizer = tokenizer_of(model)
+            self._base = base_of(model, self._tokenizer)
             self._base_key = _base_key(stage)
         if stage.adapter is None:
             return self._base
@@ -223,49 +236,45 @@ class _Tokenized:
 
     def __init__(self, tokenizer: Any, sampling: SamplingSection, answer: Any) -> None:
         self.tokenizer, self.sampling, self.answer = tokenizer, sampling, answer
+        self.tokenizer_fingerprint: str | None = tokenization_fingerprint(tokenizer, sampling.template)
+        self.ends = stop_token_ids(tokenizer, sampling.template)
 
     def respond(
         self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
-    ) -> list[list[Candidate]]:
-        texts = [prompt_text(item, self.tokenizer, self.sampling.template) for item in prompts]
-        encoded = encode_prompts(
+    ) -> list[Answers]:
+        """The answers to each prompt; one that no template fits, or that is too long, costs nothing but its own."""
+        encoded: dict[int, list[int]] = {}
+        failures: dict[int, str] = {}
+        for index, item in enumerate(prompts):
+            try:
+                encoded[index] = self._encode(item)
+            except UserError as error:
+                failures[index] = str(error)
+        if failures:
+            progress(len(failures), 0)
+        indices = list(encoded)
+        found = self.answer(
+            [encoded[index] for index in indices],
+            [keys[index] for index in indices],
+            decoding,
+            progress,
+            ends=self.ends,
+            too_long=lambda number, reason: failures.update({indices[number]: reason}),
+        )
+        answers = [Answers([], [failures[index]] if index in failures else []) for index in range(len(prompts))]
+        for index, candidates in zip(indices, found, strict=True):
+            answers[index].candidates.extend(candidates)
+        return answers
+
+    def _encode(self, prompt: RankedGroup) -> list[int]:
+        text = prompt_text(prompt, self.tokenizer, self.sampling.template)
+        (ids,) = encode_prompts(
             self.tokenizer,
-            texts,
+            [text],
             add_bos=self.sampling.template != "chat",
             max_tokens=self.sampling.max_prompt_tokens,
         )
-        return self.answer(encoded, keys, decoding, progress)
-
-
-class _Endpoint:
-    """A server: gets messages, or templated text that needs no tokenizer."""
-
-    def __init__(self, server: EndpointPolicy, sampling: SamplingSection) -> None:
-        self.server, self.sampling = server, sampling
-        if server.api == "completions" and sampling.template == "chat":
-            raise UserError(
-                "sampling.template: chat needs a tokenizer, which an endpoint does not give. Set endpoint.api: chat, "
-                "so that the server applies its own template."
-            )
-
-    def respond(
-        self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
-    ) -> list[list[Candidate]]:
-        if self.server.api == "chat":
-            inputs: list[Any] = [chat_messages(item.prompt) for item in prompts]
-        else:
-            unused: Any = None  # these templates read no tokenizer
-            inputs = [prompt_text(item, unused, self.sampling.template) for item in prompts]
-        return self.server.respond(inputs, keys, decoding, progress)
-
-
-def _tokenizer_of(model: ModelSection) -> Any:
-    own = model.tokenizer is None
-    return load_tokenizer(
-        model.tokenizer or model.name,
-        revision=model.revision if own else None,
-        trust_remote_code=model.trust_remote_code,
-    )
+        return ids
 
 
 def _vllm_settings(model: ModelSection) -> dict[str, Any]:

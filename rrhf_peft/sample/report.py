@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -22,7 +25,7 @@ class SourceReport:
             mean over prompts with a pair.
         duplicates: Left out because the prompt has that text already.
         empty: Left out because there was no text.
-        missing: Fewer candidates than k: refused by a server, or beams that ended early.
+        missing: Fewer candidates than k: no answer from a server, prompts that were too long, beams that ended early.
         stopped: Share of responses that ended by themselves or at a stop string; None for provided ones.
     """
 
@@ -38,11 +41,21 @@ class SourceReport:
 
 @dataclass
 class SampleReport:
-    """All of a run: prompts, responses, and each source's numbers."""
+    """All of a run: prompts, responses, and each source's numbers.
+
+    Attributes:
+        prompts: Those in the output.
+        responses: In the output.
+        sources: Numbers by source.
+        without: Prompts that got no response, which stand in a file of their own.
+        reasons: Why candidates are missing -> how many.
+    """
 
     prompts: int
     responses: int
     sources: dict[str, SourceReport]
+    without: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -50,7 +63,15 @@ class SampleReport:
 
     def table(self) -> Table:
         """As a table for the terminal; `same` are duplicates, `dist-2` is distinct-2, what is not `stopped` was cut."""
-        table = Table(title=f"{self.responses} responses to {self.prompts} prompts", box=box.SIMPLE, padding=(0, 1))
+        lines = [f"{self.without} more prompts have no response"] if self.without else []
+        lines += [f"{count} missing: {reason}" for reason, count in Counter(self.reasons).most_common(5)]
+        table = Table(
+            title=f"{self.responses} responses to {self.prompts} prompts",
+            caption=escape("\n".join(lines)) or None,
+            caption_justify="left",
+            box=box.SIMPLE,
+            padding=(0, 1),
+        )
         table.add_column("source", overflow="fold", min_width=12)
         for name in ("kept", "tokens", "dist-2", "same", "empty", "missing", "stopped"):
             table.add_column(name, justify="right", no_wrap=True)
@@ -68,28 +89,32 @@ class SampleReport:
         return table
 
 
-def make_report(rows: Iterable[dict[str, Any]]) -> SampleReport:
-    """Count the rows of a candidates file."""
+def make_report(rows: Iterable[dict[str, Any]], failed: Iterable[dict[str, Any]] = ()) -> SampleReport:
+    """Count the rows of a candidates file, and those of the prompts that got no response."""
     counts: dict[str, _Counts] = {}
-    prompts = responses = 0
-    for row in rows:
-        prompts += 1
+    prompts = responses = without = 0
+    reasons: Counter[str] = Counter()
+    for row, is_failed in chain(((row, False) for row in rows), ((row, True) for row in failed)):
+        prompts += not is_failed
+        without += is_failed
         responses += len(row["responses"])
         texts: dict[str, list[str]] = {}
         for text, source, detail in zip(row["responses"], row["sources"], row["meta"]["candidates"], strict=True):
             counts.setdefault(source, _Counts()).add(text, detail)
             texts.setdefault(source, []).append(text)
-        for source, own in texts.items():
-            counts[source].add_prompt(own)
+        for source, group in texts.items():
+            counts[source].add_prompt(group)
         for item in row["meta"]["removed"]:
             removed = counts.setdefault(item["source"], _Counts()).removed
             removed[item["reason"]] = removed.get(item["reason"], 0) + 1
-    return SampleReport(prompts, responses, {name: own.report() for name, own in counts.items()})
+            reasons.update([item["why"]] if "why" in item else [])
+    sources = {name: own.report() for name, own in counts.items()}
+    return SampleReport(prompts, responses, sources, without, dict(reasons))
 
 
 class _Counts:
     def __init__(self) -> None:
-        self.responses = self.tokens = self.sampled = self.words = self.stopped = 0
+        self.responses = self.tokens = self.counted = self.sampled = self.words = self.stopped = 0
         self.distinct: list[float] = []
         self.removed: dict[str, int] = {}
 
@@ -98,8 +123,10 @@ class _Counts:
         self.words += len(text.split())
         if detail["finish_reason"] is not None:
             self.sampled += 1
-            self.tokens += detail["num_tokens"]
             self.stopped += detail["finish_reason"] != "length"
+        if detail["num_tokens"] is not None:
+            self.counted += 1
+            self.tokens += detail["num_tokens"]
 
     def add_prompt(self, texts: list[str]) -> None:
         pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
@@ -109,7 +136,7 @@ class _Counts:
     def report(self) -> SourceReport:
         return SourceReport(
             responses=self.responses,
-            num_tokens=self.tokens / self.sampled if self.sampled else None,
+            num_tokens=self.tokens / self.counted if self.counted else None,
             words=self.words / max(self.responses, 1),
             distinct_2=sum(self.distinct) / len(self.distinct) if self.distinct else None,
             duplicates=self.removed.get("duplicate", 0),

@@ -1,22 +1,29 @@
 """`rrhf-peft sample`: prompts and policies in, candidates.jsonl out, by any number of processes.
 
-The work is cut into stages (one policy each) and these into units of consecutive prompts. Every process
-appends its finished units to its own file, so that a run killed at any moment continues where it was,
-with any number of processes, and comes to the same rows:
+The work is cut into stages (one policy each), their entries (one way to decode each) and these into units of
+consecutive prompts. Every process appends its finished units to its own file, so that a run killed at any moment
+continues where it was, with any number of processes, and comes to the same rows:
 
-    OUTPUT.stages/<fingerprint>.jsonl.parts/   a stage at work (`rrhf_peft.jobs`)
-    OUTPUT.stages/<fingerprint>.jsonl          a finished stage
-    OUTPUT                                     all rows, only when all stages are finished
+    OUTPUT.stages/<fingerprint>.jsonl.parts/   an entry at work (`rrhf_peft.jobs`)
+    OUTPUT.stages/<fingerprint>.jsonl          a finished entry
+    OUTPUT                                     all rows, only when all entries are finished
+    OUTPUT without .jsonl, .failures.jsonl     the prompts that got no response at all, and why
 
-A stage's name is a fingerprint of all that its rows depend on. What was changed between two runs is
-therefore done again, and only that.
+An entry's name is a fingerprint of all that its rows depend on. What was changed between two runs is therefore done
+again, and only that: another entry behind it, more retries or another address of a server throw nothing away.
+
+A candidate's random stream is named by the run's seed, its entry's index in the recipe, its prompt's index and its own
+number: no two candidates of a run share one. Two runs with one seed do, as the policies of an evaluation: they
+answer a prompt with the same numbers, so that their differences are the policies' and not the draw's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,28 +33,38 @@ from rich.console import Console
 from rrhf_peft.data import TEMPLATES, read_groups
 from rrhf_peft.files import check_output, is_finished, read_mark, refuse_finished, remove, work_folder, write_files
 from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
+from rrhf_peft.progress import Advance, progress
 from rrhf_peft.recipe import Recipe, SamplingSection
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.join import Sampled, joined_row
+from rrhf_peft.sample.candidate import Sampled, joined_row
 from rrhf_peft.sample.policies import (
+    Policy,
     PolicyLoader,
     Stage,
     check_adapters,
     decoding_of,
+    describe_entry,
     make_stages,
     source_of,
 )
-from rrhf_peft.sample.progress import sample_progress
 from rrhf_peft.sample.report import SampleReport, make_report
 
 
 @dataclass(frozen=True)
 class SampleOutcome:
-    """Where the rows are, what they came to, and how often memory ran out on the way (this process)."""
+    """What sampling leaves.
+
+    Attributes:
+        output: The file of candidates.
+        report: What they came to.
+        halvings: How often memory ran out on the way (this process).
+        failures: The file of prompts without any response, where there are some.
+    """
 
     output: Path
     report: SampleReport
     halvings: int
+    failures: Path | None = None
 
 
 def sample_recipe(
@@ -57,152 +74,230 @@ def sample_recipe(
 
     Args:
         recipe: With the section `sampling`, and `model` unless every entry names its own.
-        overwrite: Replace the output and everything unfinished of it.
+        overwrite: Replace an output that this program made, and everything unfinished of it.
         console: Where progress goes; None keeps silent.
-        keep_all: Keep empty and repeated responses, which measure a policy and are nothing to train on.
+        keep_all: Keep empty and repeated responses, and prompts without a response, which measure a policy and are
+            nothing to train on.
 
     Raises:
-        UserError: the output exists, the prompts or a policy cannot be read, or a backend is not installed.
+        UserError: the output is another's or made otherwise, the prompts or a policy cannot be read, a backend is not
+            installed or does not answer, or no prompt got a response.
     """
     sampling = recipe.sampling
     assert sampling is not None
     output = Path(sampling.output)
     if output.suffix != ".jsonl":
         raise UserError(f"sampling.output: {output} must end with .jsonl, which is what is written.")
-    folder = output.with_name(f"{output.name}.stages")
+    folder, failures = output.with_name(f"{output.name}.stages"), output.with_suffix(".failures.jsonl")
     with launched_processes() as processes, whole_models(), exclusive(output, processes):
-        prompts = read_groups(
+        told = console if processes.is_main else None
+        prompts = _read_prompts(sampling)
+        stages = make_stages(recipe)
+        check_adapters(stages)
+        _refuse_several_vllm(stages, processes)
+        read = ("tools", "chat_template_kwargs")  # what a template reads beside the prompt
+        texts = _digest([prompt.prompt, *map(prompt.columns.get, read)] for prompt in prompts)
+        works = [
+            [_EntryWork(stage, index, prompts, texts, sampling, folder, processes) for index in stage.entries]
+            for stage in stages
+        ]
+        by_entry = {work.index: work for own in works for work in own}
+        named = [[index, work.shards.fingerprint, work.source] for index, work in sorted(by_entry.items())]
+        records = _digest([prompt.row(), prompt.columns, prompt.origin] for prompt in prompts)
+        fingerprint = fingerprint_of(named, sampling.keep_provided, keep_all, sampling.template, records)
+        loader = PolicyLoader(sampling)
+        if processes.on_main(lambda: _open(sampling, output, failures, folder, fingerprint, overwrite)):
+            if told is not None:
+                told.print(f"finished before: {output}", highlight=False, soft_wrap=True)
+        else:
+            for number, stage in enumerate(stages):
+                _sample_stage(stage, works[number], loader, told, f"{stage.name} ({number + 1}/{len(stages)})")
+            rows = _Rows(prompts, by_entry, sampling, keep_all)
+            processes.on_main(
+                lambda: write_files(
+                    output,
+                    {output: rows.lines()},
+                    verb="sample",
+                    fingerprint=fingerprint,
+                    beside=lambda: {failures: rows.failed or None},
+                )
+            )
+            processes.on_main(lambda: remove(folder))
+        with output.open(encoding="utf-8") as lines, contextlib.ExitStack() as stack:
+            failed = stack.enter_context(failures.open(encoding="utf-8")) if failures.exists() else ()
+            report = make_report(map(json.loads, lines), map(json.loads, failed))
+        return SampleOutcome(output, report, loader.budget.halvings, failures if failures.exists() else None)
+
+
+def _read_prompts(sampling: SamplingSection) -> list[RankedGroup]:
+    try:
+        return read_groups(
             sampling.prompts,
             format=sampling.format,
             split=sampling.split,
             max_groups=sampling.max_prompts,
             needs="prompt",
         )
-        stages = make_stages(recipe)
-        check_adapters(stages)
-        loader = PolicyLoader(sampling)
-        works = [_ShardedStage(stage, prompts, sampling, folder, processes) for stage in stages]
-        joining = [sampling.keep_provided, keep_all, [asdict(prompt) for prompt in prompts]]
-        entries = [[source_of(stage, entry) for entry in stage.entries.values()] for stage in stages]
-        fingerprint = fingerprint_of([work.fingerprint for work in works], entries, joining)
-        if processes.on_main(lambda: _open(sampling, output, folder, fingerprint, overwrite)):
-            if console is not None and processes.is_main:
-                console.print(f"finished before: {output}", highlight=False, soft_wrap=True)
-        else:
-            for number, work in enumerate(works, start=1):
-                title = f"{work.stage.name} ({number}/{len(works)})"
-                work.run(loader, console if processes.is_main else None, title)
-            files = [work.output for work in works]
-            processes.on_main(
-                lambda: _write_rows(output, prompts, stages, files, sampling, keep_all, fingerprint=fingerprint)
-            )
-            processes.on_main(lambda: remove(folder))
-        with output.open(encoding="utf-8") as lines:
-            report = make_report(map(json.loads, lines))
-        return SampleOutcome(output, report, loader.budget.halvings)
+    except UserError as error:
+        raise UserError(f"sampling.prompts: {error}") from None
 
 
-def _open(sampling: SamplingSection, output: Path, folder: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Start, continue, or see that the same work was finished before."""
-    if not overwrite and is_finished(output, fingerprint):
+def _digest(values: Iterable[Any]) -> str:
+    """Of JSON values one by one, so that no second copy of all prompts is held."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _refuse_several_vllm(stages: Sequence[Stage], processes: Processes) -> None:
+    if processes.count > 1 and any(stage.backend == "vllm" for stage in stages):
+        raise UserError(
+            "backend vllm runs inside one process: every process of a launch would take the same GPU. Start it without "
+            "a launcher, or serve the model (vllm serve MODEL --data-parallel-size N) and set backend: endpoint."
+        )
+
+
+def _open(
+    sampling: SamplingSection, output: Path, failures: Path, folder: Path, fingerprint: str, overwrite: bool
+) -> bool:
+    """Start, continue, or see that the same work was finished before; the main process alone."""
+    if not overwrite and is_finished(output, fingerprint, [failures]):
         if folder.exists():
-            work_folder(folder, verb="sample")
-        remove(folder)
+            work_folder(folder, verb="sample")  # refuses one that is not ours
+            remove(folder)
         return True
     prompts = [sampling.prompts] if isinstance(sampling.prompts, str) else sampling.prompts
-    check_output(output, key="sampling.output", reads=prompts, overwrite=overwrite, continues=True)
+    check_output(output, key="sampling.output", reads=prompts, overwrite=overwrite, continues=True, beside=[failures])
     if not overwrite and not ((held := read_mark(folder)) and held.may_replace):
         refuse_finished(output, fingerprint)
     work_folder(folder, verb="sample", overwrite=overwrite)
     return False
 
 
-class _ShardedStage:
-    """One stage's work, as units of consecutive prompts."""
+class _EntryWork:
+    """One entry's candidates for all prompts, as units of consecutive prompts."""
 
     def __init__(
         self,
         stage: Stage,
+        index: int,
         prompts: Sequence[RankedGroup],
+        texts: str,
         sampling: SamplingSection,
         folder: Path,
         processes: Processes,
     ) -> None:
-        self.stage, self.prompts, self.sampling, self.processes = stage, prompts, sampling, processes
-        self.fingerprint = _fingerprint(stage, prompts, sampling)
-        self.output = folder / f"{self.fingerprint[:24]}.jsonl"
+        self.index, self.entry, self.sampling = index, stage.entries[index], sampling
+        self.policy, self.source = stage.name, source_of(stage, self.entry)
         size = sampling.unit_prompts
         self.units = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        settings = sampling.model_dump(include={"template", "stop", "max_prompt_tokens", "seed", "unit_prompts"})
+        fingerprint = fingerprint_of(stage.describe(), index, describe_entry(self.entry), settings, texts)
         self.shards = ShardedOutput(
-            self.output, verb="sample", fingerprint=self.fingerprint, units=len(self.units), processes=processes
+            folder / f"{fingerprint[:24]}.jsonl",
+            verb="sample",
+            fingerprint=fingerprint,
+            units=len(self.units),
+            processes=processes,
         )
 
-    def run(self, loader: PolicyLoader, console: Console | None, title: str) -> None:
-        """Do this process's part, wait for the others, and leave the merged file."""
-        if self.shards.open(console=console, title=title):
-            return
-        pending = self.shards.pending()
-        if pending:
-            policy = loader.load(self.stage)
-            total = sum(len(self.units[unit]) for unit in pending)
-            with sample_progress(console, title, total) as progress:
-                for unit in pending:
-                    self.shards.write(unit, self._rows(policy, self.units[unit], progress))
-        self.shards.merge()
+    @property
+    def has_begun(self) -> bool:
+        """Whether an earlier run has finished some of this process's units."""
+        count = self.shards.processes.count
+        return len(self.shards.pending()) < len(range(self.shards.processes.index, len(self.units), count))
 
-    def _rows(self, policy: Any, prompts: Sequence[RankedGroup], progress: Any) -> list[dict[str, Any]]:
-        """For each prompt, every entry's candidates."""
-        found = {}
-        last = max(self.stage.entries)
-        for place, entry in self.stage.entries.items():
-            keys = [f"{self.sampling.seed}/{place}/{prompt.index}" for prompt in prompts]
-
-            def advance(groups: int, tokens: int, is_last: bool = place == last) -> None:
-                progress(groups if is_last else 0, tokens)  # a group is done when its last entry is
-
-            answers = policy.respond(prompts, keys, decoding_of(entry, self.sampling), advance)
-            found[str(place)] = [[asdict(candidate) for candidate in own] for own in answers]
-        return [
-            {"prompt_index": prompt.index, "candidates": {place: own[row] for place, own in found.items()}}
-            for row, prompt in enumerate(prompts)
-        ]
+    def run(self, policy: Policy, advance: Advance) -> None:
+        """Do this process's part of what is missing."""
+        decoding = decoding_of(self.entry, self.sampling)
+        for unit in self.shards.pending():
+            prompts = self.units[unit]
+            keys = [f"{self.sampling.seed}/{self.index}/{prompt.index}" for prompt in prompts]
+            answers = policy.respond(prompts, keys, decoding, lambda groups, tokens: advance(groups, tokens=tokens))
+            rows = [
+                {
+                    "prompt_index": prompt.index,
+                    "candidates": [asdict(candidate) for candidate in answer.candidates],
+                    "failures": answer.failures,
+                    "tokenizer": policy.tokenizer_fingerprint,
+                }
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+            self.shards.write(unit, rows)
 
 
-def _fingerprint(stage: Stage, prompts: Sequence[RankedGroup], sampling: SamplingSection) -> str:
-    """Of everything that a stage's rows depend on; not of how the work is batched and where it is written."""
-    settings = sampling.model_dump(include={"template", "stop", "max_prompt_tokens", "seed", "unit_prompts"})
-    texts = hashlib.sha256()
-    for prompt in prompts:
-        texts.update(json.dumps(prompt.prompt).encode())
-    everything = [stage.describe(), settings, texts.hexdigest()]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
-
-
-def _write_rows(
-    output: Path,
-    prompts: Sequence[RankedGroup],
-    stages: Sequence[Stage],
-    files: Sequence[Path],
-    sampling: SamplingSection,
-    keep_all: bool,
-    *,
-    fingerprint: str,
+def _sample_stage(
+    stage: Stage, works: Sequence[_EntryWork], loader: PolicyLoader, console: Console | None, title: str
 ) -> None:
-    by_entry: dict[int, tuple[Stage, list[list[dict[str, Any]]]]] = {}
-    for stage, path in zip(stages, files, strict=True):
-        with path.open(encoding="utf-8") as lines:
-            rows = [json.loads(line)["candidates"] for line in lines]
-        for place in stage.entries:
-            by_entry[place] = (stage, [row[str(place)] for row in rows])
-    as_trained = TEMPLATES[sampling.template].response
-    lines_out = []
-    for number, prompt in enumerate(prompts):
-        sampled = [
-            Sampled(entry, source_of(by_entry[place][0], entry), by_entry[place][0].name, by_entry[place][1][number])
-            for place, entry in enumerate(sampling.candidates)
-        ]
-        row = joined_row(
-            prompt, sampled, keep_provided=sampling.keep_provided, as_trained=as_trained, keep_all=keep_all
-        )
-        lines_out.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_files(output, {output: lines_out}, verb="sample", fingerprint=fingerprint)
+    """Every entry of one policy, which is loaded where any process has something left to do."""
+    left = [work for work in works if not work.shards.open(console=console, title=f"{title}, {work.source}")]
+    if any(work.shards.is_work_left for work in left):
+        pending = {work.index: sum(len(work.units[unit]) for unit in work.shards.pending()) for work in left}
+        known = len(left) < len(works) or any(work.has_begun for work in left)
+        policy = loader.load(stage, known_to_answer=known)
+        with progress(console, title, sum(pending.values())) as advance:
+            for work in left:
+                work.run(policy, advance)
+    for work in left:
+        work.shards.merge()
+
+
+class _Rows:
+    """The output's lines from the entries' files, all read side by side."""
+
+    def __init__(
+        self, prompts: Sequence[RankedGroup], works: dict[int, _EntryWork], sampling: SamplingSection, keep_all: bool
+    ) -> None:
+        self.prompts, self.works, self.sampling, self.keep_all = prompts, works, sampling, keep_all
+        #: Lines of the prompts that got no response; complete when `lines` has ended.
+        self.failed: list[str] = []
+
+    def lines(self) -> Iterator[str]:
+        """One for each prompt with a response.
+
+        Raises:
+            UserError: no prompt has one.
+        """
+        reasons: Counter[str] = Counter()
+        as_trained = TEMPLATES[self.sampling.template].response
+        responses = 0
+        with contextlib.ExitStack() as stack:
+            files = {
+                index: stack.enter_context(work.shards.output.open(encoding="utf-8"))
+                for index, work in sorted(self.works.items())
+            }
+            for prompt in self.prompts:
+                read = {index: json.loads(next(file)) for index, file in files.items()}
+                sampled = [
+                    Sampled(
+                        work.entry,
+                        work.source,
+                        work.policy,
+                        read[index]["candidates"],
+                        read[index]["failures"],
+                        read[index]["tokenizer"],
+                    )
+                    for index, work in sorted(self.works.items())
+                ]
+                row = joined_row(
+                    prompt,
+                    sampled,
+                    keep_provided=self.sampling.keep_provided,
+                    as_trained=as_trained,
+                    keep_all=self.keep_all,
+                )
+                line = json.dumps(row, ensure_ascii=False, default=str) + "\n"  # a table may hold dates
+                responses += len(row["responses"])
+                if not row["responses"]:
+                    reasons.update(item.get("why", item["reason"]) for item in row["meta"]["removed"])
+                if row["responses"] or self.keep_all:
+                    yield line
+                else:
+                    self.failed.append(line)
+        if not responses:
+            said = "; ".join(f"{count} times {reason}" for reason, count in reasons.most_common(3)) or "nothing to keep"
+            raise UserError(
+                f"{self.sampling.output}: not written, because none of {len(self.prompts)} prompts has a response "
+                f"({said}). Change the settings or the model; what was sampled is done again only where they differ."
+            )

@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from rrhf_peft.sample.cached_steps import CachedSteps
-from rrhf_peft.sample.stopping import StopStrings
-
-
-class Generated(NamedTuple):
-    """Token ids of one response, its end token included, and the sum of their log-probs."""
-
-    ids: list[int]
-    log_prob: float | None
+from rrhf_peft.sample.steps import CachedSteps, Generated, StopStrings
 
 
 def uniform_stream(key: str, length: int) -> list[float]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from rrhf_peft.records import UserError
 from rrhf_peft.sample.candidate import Candidate, Decoding, FinishReason
-from rrhf_peft.sample.stopping import StopStrings
-from rrhf_peft.sample.token_rows import response_text
+from rrhf_peft.sample.steps import StopStrings
+from rrhf_peft.sample.transformers_policy import response_text
 
 
 class VllmPolicy:
@@ -77,16 +77,22 @@ class VllmPolicy:
         keys: Sequence[str],
         decoding: Decoding,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        ends: Sequence[int] = (),
+        too_long: Callable[[int, str], None] | None = None,
     ) -> list[list[Candidate]]:
-        """The k candidates of each prompt (token ids), in order."""
+        """The k candidates of each prompt (token ids), in order; see `transformers_policy.respond`."""
         inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        answer = self._beams if decoding.strategy == "beam" else self._draws
-        found = answer(inputs, keys, decoding)
+        found = (
+            self._beams(inputs, decoding) if decoding.strategy == "beam" else self._draws(inputs, keys, decoding, ends)
+        )
         if progress is not None:
-            progress(len(prompts), sum(item.num_tokens for own in found for item in own))
+            progress(len(prompts), sum(item.num_tokens or 0 for group in found for item in group))
         return found
 
-    def _draws(self, inputs: Sequence[Any], keys: Sequence[str], decoding: Decoding) -> list[list[Candidate]]:
+    def _draws(
+        self, inputs: Sequence[Any], keys: Sequence[str], decoding: Decoding, ends: Sequence[int]
+    ) -> list[list[Candidate]]:
         k = decoding.k
         settings = [
             self._vllm.SamplingParams(
@@ -95,6 +101,7 @@ class VllmPolicy:
                 top_p=decoding.top_p,
                 max_tokens=decoding.max_new_tokens,
                 stop=list(decoding.stop) or None,
+                stop_token_ids=list(ends) or None,
                 seed=zlib.crc32(f"{key}/{number}".encode()) & 0x7FFFFFFF,
             )
             for key in keys
@@ -109,9 +116,10 @@ class VllmPolicy:
         reason: FinishReason = "length" if output.finish_reason == "length" else "eos"
         if isinstance(output.stop_reason, str):
             reason = "stop"
-        return Candidate(output.text, len(output.token_ids), None, reason)
+        ids = list(output.token_ids)
+        return Candidate(output.text, len(ids), None, reason, None if reason == "stop" else ids)
 
-    def _beams(self, inputs: Sequence[Any], keys: Sequence[str], decoding: Decoding) -> list[list[Candidate]]:
+    def _beams(self, inputs: Sequence[Any], decoding: Decoding) -> list[list[Candidate]]:
         """vLLM's beam search knows no stop strings: they are cut off afterwards."""
         from vllm.sampling_params import BeamSearchParams
 

@@ -235,7 +235,7 @@ class OnlineTrainer(RRHFTrainer):
         best = [max(rewards)] if rewards else []
         self._add("rewards/mean", sum(rewards), len(rewards))
         self._add("rewards/max", sum(best), len(best))
-        self._add("response_tokens", sum(candidate.num_tokens for candidate in candidates), len(candidates))
+        self._add("response_tokens", sum(candidate.num_tokens or 0 for candidate in candidates), len(candidates))
 
     def _measure_kl(self, own: Answers, log_ratios: Sequence[float]) -> None:
         mine = [

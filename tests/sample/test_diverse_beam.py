@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rrhf_peft.sample.candidate import Decoding
 from rrhf_peft.sample.diverse_beam import diverse_beam_search
 from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.sample.stopping import StopStrings
-from rrhf_peft.sample.token_rows import left_padded
+from rrhf_peft.sample.steps import StopStrings, left_padded
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 
 SETTINGS = [

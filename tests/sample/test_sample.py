@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
-from sample.sample_recipes import MIXED, read_rows, sample_recipe_of, write_prompts
+from judge_server import judge_server
+from rich.console import Console
+from sample.sample_recipes import MIXED, read_rows, sample_recipe_of, sample_values, write_prompts
+from transformers import AutoTokenizer
 
 from rrhf_peft.data import read_groups
 from rrhf_peft.modeling import attach_adapter, load_base_model
@@ -44,8 +48,10 @@ def test_strategies_mix_in_one_row_for_each_prompt(tiny_model_folder, tmp_path):
     outcome = sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output))
     rows = read_rows(output)
     assert [row["prompt"] for row in rows] == json.loads(prompts.read_text(encoding="utf-8"))
-    names = {path.name for path in output.parent.iterdir()}
-    assert names == {"candidates.jsonl", ".candidates.jsonl.rrhf-peft.json"}
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        ".candidates.jsonl.rrhf-peft.json",  # the mark
+        "candidates.jsonl",
+    ]
     name = tiny_model_folder.name
     for index, row in enumerate(rows):
         details, removed = row["meta"]["candidates"], row["meta"]["removed"]
@@ -55,7 +61,7 @@ def test_strategies_mix_in_one_row_for_each_prompt(tiny_model_folder, tmp_path):
         for source, detail in zip(row["sources"], details, strict=True):
             assert source == f"{detail['strategy']}:{name}"
             assert detail["policy"] == name
-            assert (detail["log_prob"] is None) == (detail["strategy"] == "beam")
+            assert detail["log_prob"] < 0
             assert 1 <= detail["num_tokens"] <= 10
     assert outcome.report.prompts == 10
     assert outcome.report.responses == sum(len(row["responses"]) for row in rows)
@@ -64,9 +70,11 @@ def test_strategies_mix_in_one_row_for_each_prompt(tiny_model_folder, tmp_path):
         own = [item for row in rows for item in row["meta"]["removed"] if item["source"] == source]
         assert report.duplicates == sum(item["reason"] == "duplicate" for item in own)
         assert report.empty == sum(item["reason"] == "empty" for item in own)
-    assert sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output)).report == outcome.report  # done before
     with pytest.raises(UserError, match="already exists, and was made from other input or with other settings"):
         sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, seed=1))
+    written = output.stat().st_mtime_ns
+    assert sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output)).report == outcome.report
+    assert output.stat().st_mtime_ns == written  # the same work is done once
     sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output), overwrite=True)
     assert read_rows(output) == rows
 
@@ -84,11 +92,11 @@ def test_rows_do_not_depend_on_units_or_budget_but_on_the_seed(tiny_model_folder
 
 
 def test_adapters_take_turns_on_one_base(tiny_model_folder, adapters, tmp_path, monkeypatch):
-    from rrhf_peft.sample import policies as sample_policies
+    from rrhf_peft.sample import policies
 
     loads = []
-    load = sample_policies.load_base_model
-    monkeypatch.setattr(sample_policies, "load_base_model", lambda *a, **k: loads.append(a[0]) or load(*a, **k))
+    load = policies.base_of
+    monkeypatch.setattr(policies, "base_of", lambda *a, **k: loads.append(a[0]) or load(*a, **k))
     prompts = write_prompts(tmp_path / "prompts.json", 4)
     variants = {
         "base": TOP_P,
@@ -165,7 +173,7 @@ def test_provided_responses_stay_in_front_with_their_scores(tiny_model_folder, t
 
     # its output is a prompt file again
     (prompt,) = read_groups(str(tmp_path / "b.jsonl"), needs="prompt")
-    assert (prompt.responses, prompt.scores) == (without["responses"], [None, None])
+    assert (prompt.responses, list(prompt.scores)) == (without["responses"], [None, None])
 
 
 @pytest.mark.parametrize(
@@ -205,15 +213,13 @@ def test_wrong_prompt_files(tmp_path, text, part):
 
 
 def test_templates_shape_what_the_policy_reads(tiny_model_folder, tmp_path):
-    from transformers import AutoTokenizer
-
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Why?\n")
     seen = {}
     for template in ("raw", "hh", "alpaca"):
         recipe = sample_recipe_of(tiny_model_folder, prompts, tmp_path / "x.jsonl", [TOP_P], template=template)
         policy = PolicyLoader(recipe.sampling).load(make_stages(recipe)[0])
-        policy.answer = lambda encoded, *rest, template=template: seen.update({template: encoded[0]}) or [[]]
+        policy.answer = lambda encoded, *rest, template=template, **more: seen.update({template: encoded[0]}) or [[]]
         policy.respond(read_groups(str(prompts), needs="prompt"), ["0"], None, None)
     decode = AutoTokenizer.from_pretrained(tiny_model_folder).decode
     assert decode(seen["raw"]) == "<s>Why?"
@@ -251,21 +257,168 @@ def test_vllm_is_asked_for_in_one_sentence(tiny_model_folder, tmp_path):
 
 def test_a_server_answers_beside_a_model(tiny_model_folder, tmp_path):
     pytest.importorskip("openai")
-    from sample.test_endpoint import Server
+    (tmp_path / "prompts.json").write_text(json.dumps(["5", "6"]))
+    output, faults = tmp_path / "o.jsonl", ["cut", ("status", 400, {}, "too long for me")]
 
-    server = Server()
-    try:
-        prompts = write_prompts(tmp_path / "prompts.json", 4)
-        server.faults["6"] = ["cut", 400]
-        endpoint = {"base_url": server.url, "model": "org/served", "concurrency": 1}
+    def script(call):
+        return faults.pop(0) if call["messages"][-1]["content"] == "6" and faults else f"text {call['number']}"
+
+    with judge_server(script) as (url, _):
+        endpoint = {"base_url": url, "model": "org/served", "concurrency": 1}
         entries = [TOP_P, {**TOP_P, "k": 3, "backend": "endpoint", "endpoint": endpoint}]
-        prompts.write_text(json.dumps(["5", "6"]))
-        outcome = sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", entries))
-    finally:
-        server.http.shutdown()
-        server.http.server_close()
-    rows = read_rows(tmp_path / "o.jsonl")
+        outcome = sample_recipe(sample_recipe_of(tiny_model_folder, tmp_path / "prompts.json", output, entries))
+    rows = read_rows(output)
     assert [row["sources"].count("top_p:served") for row in rows] == [3, 2]
-    assert {"source": "top_p:served", "reason": "missing"} in rows[1]["meta"]["removed"]
+    missing = {"source": "top_p:served", "reason": "missing", "why": "http 400: too long for me"}
+    assert missing in rows[1]["meta"]["removed"]
     assert outcome.report.sources["top_p:served"].missing == 1
+    assert outcome.report.reasons == {"http 400: too long for me": 1}
     assert all(row["sources"][0] == f"top_p:{tiny_model_folder.name}" for row in rows)
+
+
+def test_more_effort_another_address_or_another_entry_throw_nothing_away(tmp_path, monkeypatch):
+    """The server goes away after some prompts; the second run has another address, more retries and one more entry."""
+    pytest.importorskip("openai")
+    (tmp_path / "prompts.json").write_text(json.dumps([f"p{number}" for number in range(30)]))
+    output = tmp_path / "o.jsonl"
+
+    def recipe_of(url, entries, **effort):
+        endpoint = {"base_url": url, "model": "served", "concurrency": 1, **effort}
+        candidates = [{**TOP_P, **entry, "backend": "endpoint", "endpoint": endpoint} for entry in entries]
+        values = sample_values("unused", tmp_path / "prompts.json", output, candidates)
+        return make_recipe({"sampling": values["sampling"]}, needs=["sampling"])
+
+    def first(call):
+        return f"first {call['number']}" if call["number"] < 24 else ("status", 401, {}, "key expired")
+
+    with judge_server(first) as (url, _), pytest.raises(UserError, match=r"key expired.*finished before is kept"):
+        sample_recipe(recipe_of(url, [{"temperature": 0.5}], max_retries=0))
+    monkeypatch.setenv("OTHER_KEY", "x")
+    effort = {"max_retries": 9, "concurrency": 4, "timeout": 60, "api_key_env": "OTHER_KEY"}
+    with judge_server(lambda call: f"second {call['number']}") as (url, server):
+        sample_recipe(recipe_of(url, [{"temperature": 0.5}, {"temperature": 0.7}], **effort))
+        asked = {(call["messages"][-1]["content"], call["body"]["temperature"]) for call in server.calls}
+    rows = read_rows(output)
+    assert [row["responses"][0].split()[0] for row in rows] == ["first"] * 12 + ["second"] * 18
+    assert asked == {(f"p{n}", 0.5) for n in range(12, 30)} | {(f"p{n}", 0.7) for n in range(30)}
+
+
+def test_prompts_without_a_response_are_set_apart_and_counted(tiny_model_folder, tmp_path):
+    """Two prompts are longer than the model's context; the others, and what trains on them, go on."""
+    (tmp_path / "prompts.json").write_text(json.dumps(["short", "long " * 400, "also short", "words " * 400]))
+    output = tmp_path / "o.jsonl"
+    outcome = sample_recipe(sample_recipe_of(tiny_model_folder, tmp_path / "prompts.json", output, [TOP_P]))
+    assert [row["prompt"] for row in read_rows(output)] == ["short", "also short"]
+    assert outcome.failures == tmp_path / "o.failures.jsonl"
+    failed = read_rows(outcome.failures)
+    assert [(row["prompt"][:5], row["meta"]["prompt_index"], row["responses"]) for row in failed] == [
+        ("long ", 1, []),
+        ("words", 3, []),
+    ]
+    assert "context of 512" in failed[0]["meta"]["removed"][0]["why"]
+    report = outcome.report
+    assert (report.prompts, report.without, sum(report.reasons.values())) == (2, 2, 4)
+    with (shown := Console(width=200)).capture() as text:
+        shown.print(report.table())
+    assert "2 more prompts have no response" in text.get()
+    # Who measures a policy keeps a row for every prompt.
+    measured = tmp_path / "all.jsonl"
+    recipe = sample_recipe_of(tiny_model_folder, tmp_path / "prompts.json", measured, [TOP_P])
+    assert sample_recipe(recipe, keep_all=True).failures is None
+    assert [len(row["responses"]) for row in read_rows(measured)] == [2, 0, 2, 0]
+
+
+def test_when_no_prompt_gets_a_response_there_is_no_output(tiny_model_folder, tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps(["long " * 400]))
+    with pytest.raises(UserError, match=r"none of 1 prompts has a response .*context of 512"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, tmp_path / "prompts.json", tmp_path / "o.jsonl", [TOP_P]))
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("strategy", ["top_p", "beam", "diverse_beam"])
+def test_a_base_of_nans_is_an_error(tiny_model_folder, tmp_path, strategy):
+    model = load_base_model(tiny_model_folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "broken")
+    prompts = write_prompts(tmp_path / "prompts.json", 3)
+    entry = {"strategy": strategy, "k": 2, "max_new_tokens": 4}
+    with pytest.raises(UserError, match=r"not numbers|not finite|NaN"):
+        sample_recipe(sample_recipe_of(tmp_path / "broken", prompts, tmp_path / "o.jsonl", [entry]))
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("strategy", ["beam", "diverse_beam"])
+def test_more_beams_than_tokens_are_refused(tiny_model_folder, tmp_path, strategy):
+    vocabulary = load_base_model(tiny_model_folder).config.vocab_size
+    prompts = write_prompts(tmp_path / "prompts.json", 1)
+    entry = {"strategy": strategy, "k": vocabulary + 1, "max_new_tokens": 2}
+    with pytest.raises(UserError, match=f"{vocabulary + 1} beams are more than the {vocabulary} tokens"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", [entry]))
+
+
+def test_no_two_candidates_of_a_run_share_a_random_stream(tiny_model_folder, tmp_path, monkeypatch):
+    """Several entries, of one model and of two, and several prompts."""
+    from rrhf_peft.sample import top_p
+
+    streams = []
+    stream = top_p.uniform_stream
+    monkeypatch.setattr(top_p, "uniform_stream", lambda key, length: streams.append(key) or stream(key, length))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model_folder, copy)
+    entries = [TOP_P, TOP_P, {**TOP_P, "model": str(copy)}, {**TOP_P, "temperature": 0.5, "model": str(copy)}]
+    entries = [{**entry, "source": str(index)} for index, entry in enumerate(entries)]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["the same"] * 12))
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", entries), keep_all=True)
+    assert len(streams) == len(set(streams)) == 12 * 4 * 2
+
+
+def test_what_was_sampled_is_kept_token_for_token(tiny_model_folder, tmp_path):
+    """`token_ids` are what the model wrote, and its text; columns of the prompts stay."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Why?", "answer": 42}) + "\n")
+    entry = {"strategy": "top_p", "k": 64, "max_new_tokens": 6, "temperature": 2.0}
+    beams = {"strategy": "beam", "k": 2, "max_new_tokens": 6}
+    recipe = sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", [entry, beams], stop=list("aeiost"))
+    sample_recipe(recipe)
+    (row,) = read_rows(tmp_path / "o.jsonl")
+    assert row["answer"] == 42
+    (group,) = read_groups(str(tmp_path / "o.jsonl"), needs="responses")
+    assert set(group.finish_reasons) <= {"eos", "stop", "length"}
+    assert len(set(group.finish_reasons)) > 1
+    for text, ids, reason, count in zip(
+        group.responses, group.token_ids, group.finish_reasons, group.num_tokens, strict=True
+    ):
+        if reason == "stop":
+            assert ids is None  # the text is not all that was sampled
+            continue
+        assert len(ids) == count
+        assert (ids[-1] == tokenizer.eos_token_id) == (reason == "eos")
+        assert (count == 6) or reason == "eos"
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_the_prompts_are_not_overwritten(tiny_model_folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "mine"}\n')
+    with pytest.raises(UserError, match="is what this run reads"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, prompts, [TOP_P]), overwrite=True)
+    assert prompts.read_text() == '{"prompt": "mine"}\n'
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("sibling", ["o.jsonl.stages", "o.failures.jsonl", "o.jsonl"])
+def test_siblings_that_are_the_users_stay(tiny_model_folder, tmp_path, sibling, overwrite):
+    prompts = write_prompts(tmp_path / "prompts.json", 2)
+    mine = tmp_path / sibling
+    if sibling.endswith("stages"):
+        mine.mkdir()
+        mine = mine / "notes.txt"
+    mine.write_text("mine\n")
+    with pytest.raises(UserError) as caught:
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", [TOP_P]), overwrite=overwrite)
+    assert sibling in str(caught.value)
+    assert mine.read_text() == "mine\n"

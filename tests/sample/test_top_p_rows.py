@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rrhf_peft.records import UserError
 from rrhf_peft.sample.candidate import Decoding
+from rrhf_peft.sample.diverse_beam import diverse_beam_search
 from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.sample.stopping import StopStrings
+from rrhf_peft.sample.steps import StopStrings
 from rrhf_peft.sample.top_p import draw, sample_rows
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 
+#: Sizes of linear attention layers.
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 PROMPTS = ["", "a", "Grüße aus Zürich 🙂", "Once upon a time there was", "x" * 60, "Human: why?"]
 
 
@@ -94,15 +102,74 @@ def test_padding_does_not_shift_learnt_positions():
     assert [own[0].log_prob for own in together] == pytest.approx([own[0].log_prob for own in alone], abs=1e-4)
 
 
+#: Models whose layers keep a state beside keys and values, or instead of them.
+HYBRIDS = {
+    "qwen3_next": {"num_experts": 0, "mlp_only_layers": [0, 1, 2, 3], **LINEAR},
+    "qwen3_5_text": {**LINEAR},
+    "jamba": {
+        "mamba_d_state": 8,
+        "num_experts": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "lfm2": {"full_attn_idxs": [1, 3]},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "mamba": {"state_size": 8},
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_hybrids_give_several_responses_in_any_company(kind):
+    """Recurrent states are copied for the k responses of a prompt and sorted out as rows end."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "pad_token_id": 0}
+    if not kind.startswith("mamba"):
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**sizes, **HYBRIDS[kind]})).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4)
+    prompts = [[5], [6, 7, 8, 9, 10, 11, 12, 13], [9, 9, 9]]
+    keys = [[f"{index}/{number}" for number in range(3)] for index in range(3)]
+    settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "ends": [59, 58, 57], "pad": 0}
+    stop = StopStrings(None, ())
+    together = sample_rows(model, prompts, keys, stop=stop, **settings)
+    assert len({tuple(item.ids) for row in together for item in row}) > 3
+    for prompt, row in zip(prompts, together, strict=True):
+        for item in row:
+            assert item.log_prob == pytest.approx(log_prob_of(model, prompt, item.ids), abs=1e-3)
+    beams = diverse_beam_search(
+        model,
+        prompts,
+        num_beams=4,
+        num_beam_groups=2,
+        diversity_penalty=1.0,
+        max_new_tokens=8,
+        ends=[59],
+        pad=0,
+        stop=stop,
+    )
+    for prompt, row in zip(prompts, beams, strict=True):
+        assert row[0].log_prob == pytest.approx(log_prob_of(model, prompt, row[0].ids), abs=1e-3)
+
+
+@torch.no_grad()
+def log_prob_of(model, prompt, ids):
+    """Of a response, by one forward pass over the whole text without a cache."""
+    log_probs = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+    return sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(ids))
+
+
 def test_log_probs_are_those_of_the_whole_text(tiny):
     model, _ = tiny
     prompts = encode_prompts(tiny[1], PROMPTS)
     found = rows_of(tiny, prompts, [[f"{index}"] for index in range(len(prompts))])
     for prompt, (item,) in zip(prompts, found, strict=True):
-        with torch.no_grad():
-            log_probs = model(torch.tensor([prompt + item.ids])).logits[0].double().log_softmax(-1)
-        expected = sum(float(log_probs[len(prompt) + i - 1, token]) for i, token in enumerate(item.ids))
-        assert item.log_prob == pytest.approx(expected, abs=1e-4)
+        assert item.log_prob == pytest.approx(log_prob_of(model, prompt, item.ids), abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["top_p", "beam", "diverse_beam"])
