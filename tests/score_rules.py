@@ -37,6 +37,11 @@ def small_letters(prompt: str, responses: list[str]) -> list[float]:
     return [sum("a" <= letter <= "z" for letter in response) / max(len(response), 1) for response in responses]
 
 
+def ties_in_the_first_group(prompt: str, responses: list[str]) -> list[float]:
+    """Nothing to learn from the prompt "0 "."""
+    return [0.0 if prompt == "0 " else float(index) for index in range(len(responses))]
+
+
 #: How many models there were whenever `counting_live_models` scored the prompt "0 ".
 LIVE_MODELS: list[int] = []
 

@@ -1,29 +1,56 @@
-"""All rounds of a recipe, one stage after the other, from wherever an earlier run of the command was stopped."""
+"""All rounds of a recipe, one stage after the other, from wherever an earlier run of the command was stopped.
+
+recipe.yaml              the resolved recipe, written before anything else
+inputs.json              digests of the data files that it names
+rounds.json, table.md    the numbers of all finished rounds
+base/, round-1/ ...      the stages (`rrhf_peft.rounds.stages`)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import shutil
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from rrhf_peft.console import terminal
 from rrhf_peft.evaluate.folder import TABLE
 from rrhf_peft.evaluate.run import evaluate_recipe
-from rrhf_peft.jobs import Processes, launched_processes
-from rrhf_peft.recipe import Recipe
-from rrhf_peft.rounds.folder import RoundFolder, open_rounds
-from rrhf_peft.rounds.prompts import write_slice
-from rrhf_peft.rounds.stages import Stages, policy_name
+from rrhf_peft.files import (
+    BegunFolder,
+    begun_folder,
+    check_output,
+    digest_of,
+    read_mark,
+    replace_text,
+    retired_folder,
+)
+from rrhf_peft.jobs import Processes, exclusive, fingerprint_of, launched_processes
+from rrhf_peft.recipe import Recipe, recipe_text
+from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer
+from rrhf_peft.records import UserError
+from rrhf_peft.rounds.stages import RoundFolder, Stages, policy_name, write_slice
 from rrhf_peft.rounds.table import Row, read_rows, rows_table, write_tables
 from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import score_recipe
 from rrhf_peft.train.run import train_recipe, training_config
+from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
+
+RECIPE, INPUTS = "recipe.yaml", "inputs.json"
+#: What rounds write in their folder.
+WRITES = (RECIPE, INPUTS, "rounds.json", "table.md", "report.html", "base/*", "round-*/*")
+#: May change between two runs of the command: how far to go, and what changes no result.
+_HARMLESS = HARMLESS_KEYS | {"rounds.count", "sampling.batch_tokens", "evaluation.batch_tokens"}
+_EFFORT = tuple(JudgeScorer.EFFORT | PolicyScorer.EFFORT | RewardModelScorer.EFFORT)
 
 
 @dataclass(frozen=True)
@@ -72,11 +99,18 @@ class _Rounds:
         self.output, self.count = Path(recipe.rounds.output), recipe.rounds.count
         self.prompts_per_round = recipe.rounds.prompts_per_round
         self.worked = self.is_begun = False
+        self.folder: BegunFolder | None = None  # of the main process
 
     def run(self, overwrite: bool) -> RoundsOutcome:
-        if self.processes.is_main:
-            open_rounds(self.output, self.recipe, overwrite=overwrite)
-        self.processes.wait_for_all()
+        with exclusive(self.output, self.processes), contextlib.ExitStack() as stack:
+
+            def begin() -> None:
+                self.folder = stack.enter_context(open_rounds(self.output, self.recipe, overwrite=overwrite))
+
+            self.processes.on_main(begin)
+            return self._rounds()
+
+    def _rounds(self) -> RoundsOutcome:
         if self.recipe.evaluation is not None:
             self._stage(0, "evaluate", self._evaluate)
         rows: list[Row] = []
@@ -94,9 +128,7 @@ class _Rounds:
     def _stage(self, number: int, stage: str, work: Callable[[int], None]) -> None:
         """Do a stage that is not finished yet, and free the memory that it took."""
         folder = RoundFolder(self.output, number)
-        self.processes.wait_for_all()
-        is_finished, self.is_begun = stage in folder.finished(), folder.begun(stage)
-        self.processes.wait_for_all()  # nobody finishes it while another one still looks
+        is_finished, self.is_begun = self.processes.on_main(lambda: (stage in folder.finished(), folder.begun(stage)))
         if is_finished:
             return
         self.worked = True
@@ -107,8 +139,9 @@ class _Rounds:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.processes.wait_for_all()
-        if self.processes.is_main:
+        if self.folder is not None:
             folder.finish(stage, seconds=round(time.monotonic() - began, 1), resumed=self.is_begun)
+            self.folder.keep()
 
     def _sample(self, number: int) -> None:
         folder = RoundFolder(self.output, number).path
@@ -118,26 +151,10 @@ class _Rounds:
             size, main = self.prompts_per_round, self.processes.is_main
             files = write_slice(folder, self.recipe.sampling, number, size, write=main)
             self.processes.wait_for_all()
-        recipe = self.stages.sampling(number, files)
-        assert recipe.sampling is not None
-        self._unless_written(
-            Path(recipe.sampling.output), "stages", lambda: sample_recipe(recipe, console=self.console)
-        )
+        sample_recipe(self.stages.sampling(number, files), console=self.console)
 
     def _score(self, number: int) -> None:
-        recipe = self.stages.scoring(number)
-        assert recipe.scoring is not None
-        output = Path(recipe.scoring.output)
-        self._unless_written(output, "parts", lambda: score_recipe(recipe, console=self.console))
-
-    def _unless_written(self, output: Path, leftovers: str, work: Callable[[], object]) -> None:
-        """A stage writes its output last and as a whole; a kill can leave the parts that it was made of beside it."""
-        is_written = output.exists()
-        self.processes.wait_for_all()
-        if not is_written:
-            work()
-        elif self.processes.is_main:
-            shutil.rmtree(output.with_name(f"{output.name}.{leftovers}"), ignore_errors=True)
+        score_recipe(self.stages.scoring(number), console=self.console)
 
     def _train(self, number: int) -> None:
         train_recipe(self.stages.training(number), resume=self.is_begun, console=self.console)
@@ -145,8 +162,9 @@ class _Rounds:
     def _evaluate(self, number: int) -> None:
         recipe = self.stages.evaluation(number)
         assert recipe.evaluation is not None
-        output = Path(recipe.evaluation.output) / TABLE
-        self._unless_written(output, "parts", lambda: evaluate_recipe(recipe, console=self.console))
+        table = Path(recipe.evaluation.output) / TABLE
+        if not self.processes.on_main(table.exists):
+            evaluate_recipe(recipe, console=self.console)
 
     def _tables(self, number: int) -> list[Row]:
         """Write the tables of all rounds so far, and show them if this round is new."""
@@ -156,3 +174,120 @@ class _Rounds:
             if self.worked:
                 self.console.print(rows_table(rows))
         return rows
+
+
+@contextlib.contextmanager
+def open_rounds(output: Path, recipe: Recipe, *, overwrite: bool) -> Iterator[BegunFolder]:
+    """Begin, or continue what an earlier run of the same recipe began; main process only, which holds the lock.
+
+    With `overwrite`, the rounds that were there are set aside. They come back if these fail before their first stage
+    is finished, and go when these are.
+
+    Raises:
+        UserError: the recipe or the data changed, or the folder holds something else.
+    """
+    inputs = _inputs(recipe)
+    is_held = output.is_dir() and any(output.iterdir())
+    if is_held and read_mark(output) is None and not _is_of_rounds(output):
+        raise UserError(
+            f"{output}: rounds.output holds files that are not of rounds (no {RECIPE} with a section rounds). Choose "
+            "another folder, or remove this one yourself."
+        )
+    reads = [recipe.model.name, recipe.model.init_adapter, *(path for paths in inputs.values() for path in paths)]
+    check_output(output, key="rounds.output", folder=True, reads=reads, overwrite=overwrite, continues=True)
+    # A recipe that was refused before its first stage may be fixed.
+    if not overwrite and is_held and any(path.is_dir() for path in output.iterdir()):
+        _refuse_changes(output, recipe, inputs)
+    try:
+        with begun_folder(output, verb="rounds", writes=WRITES, overwrite=overwrite, resume=not overwrite) as folder:
+            replace_text(output / RECIPE, recipe_text(recipe))
+            replace_text(output / INPUTS, json.dumps(inputs, indent=1) + "\n")
+            yield folder
+    except UserError as error:
+        if (retired := retired_folder(output)) is None:
+            raise
+        raise UserError(
+            f"{error} The rounds that these replace are kept in {retired} until these are finished."
+        ) from error
+
+
+def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Key of the recipe -> data file or folder that it names -> digest of its content; hub ids are left out."""
+    evaluation = recipe.evaluation
+    named: dict[str, Any] = {"data.eval": recipe.data.eval}
+    if recipe.sampling is not None:
+        named["sampling.prompts"] = recipe.sampling.prompts
+    if evaluation is not None:
+        named |= {f"evaluation.{key}": getattr(evaluation, key) for key in ("prompts", "pairs", "references")}
+    inputs: dict[str, dict[str, str]] = {}
+    for key, value in named.items():
+        paths = [value] if isinstance(value, str) else value or []
+        digests = {path: _digest(Path(path)) for path in paths if os.path.exists(path)}
+        if digests:
+            inputs[key] = digests
+    return inputs
+
+
+def _digest(path: Path) -> str:
+    if not path.is_dir():
+        return digest_of(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint_of([[str(file.relative_to(path)), digest_of(file)] for file in files])
+
+
+def _is_of_rounds(output: Path) -> bool:
+    """Whether the first version of this program, which left no mark, made it."""
+    try:
+        return "rounds" in yaml.safe_load((output / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        return False
+
+
+def _refuse_changes(output: Path, recipe: Recipe, inputs: dict[str, dict[str, str]]) -> None:
+    try:
+        then = _flat(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
+        inputs_then = json.loads((output / INPUTS).read_text(encoding="utf-8")) if (output / INPUTS).exists() else {}
+        held = {key: dict(digests) for key, digests in inputs_then.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{output}: {RECIPE} or {INPUTS} is missing or damaged ({reason}), so nobody knows what these rounds "
+            "belong to. Restore it, choose another rounds.output, or pass --overwrite."
+        ) from None
+    now = _flat(yaml.safe_load(recipe_text(recipe)))
+    changed = [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in dict.fromkeys([*then, *now])
+        if then.get(key) != now.get(key) and not _is_harmless(key)
+    ]
+    for key, digests in inputs.items():
+        changed += [
+            f"{key}: {path} has another content"
+            for path, digest in digests.items()
+            if held.get(key, {}).get(path, digest) != digest
+        ]
+    if not changed and [key for key in then if key in now] != [key for key in now if key in then]:
+        changed = ["keys stand in another order, which counts where patterns are tried in turn"]
+    if changed:
+        raise UserError(
+            f"{output}: holds rounds of another recipe: {'; '.join(changed)}. Undo the change to continue them, choose "
+            "another rounds.output, or pass --overwrite to replace them all."
+        )
+
+
+def _is_harmless(key: str) -> bool:
+    if key in _HARMLESS or key.startswith(HARMLESS_PREFIXES):
+        return True
+    return key.startswith(("scoring.scorer", "evaluation.scorers")) and key.endswith(_EFFORT)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, without what is unset."""
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = {str(place): value for place, value in enumerate(values)}
+    if not isinstance(values, dict) or not values:
+        return {} if values is None else {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,19 +1,33 @@
-"""The recipe of every stage of every round, derived from the one that the user wrote."""
+"""The stages of every round: their recipes, derived from the one that the user wrote, and which are finished.
+
+    rounds.output/base/, round-1/ ...      stages.json and the stages' own files
+
+A stage is finished when it stands in its round's `stages.json`, which is replaced as a whole; a stage that was
+killed before that is called again, and continues or ends at once.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import TrainingArguments
 
-from rrhf_peft.recipe import Recipe, make_recipe, recipe_text
+from rrhf_peft.data import read_groups
+from rrhf_peft.files import replace_text
+from rrhf_peft.recipe import Recipe, SamplingSection, make_recipe, recipe_text
 from rrhf_peft.recipe.rounds import is_current_policy, round_paths
+from rrhf_peft.records import RankedGroup, UserError
 
 #: What training reads; the rest may change without making a run another one.
 _TRAINING = ("model", "adapter", "data", "objective", "engine", "training", "online")
+#: Stage -> what it leaves in the round's folder, whole or in parts.
+_LEAVES = {"sample": "candidates.jsonl*", "score": "scored.jsonl*", "train": "run", "evaluate": "evaluation*"}
 
 
 def policy_name(number: int) -> str:
@@ -97,3 +111,73 @@ class Stages:
 def source_of(entry: Any, number: int) -> str:
     """The source of what the current policy answers in round `number`: ``top_p:base``, ``top_p:round-1`` ..."""
     return entry.source or f"{entry.strategy}:{policy_name(number - 1)}"
+
+
+def slice_of(prompts: Sequence[Any], number: int, size: int) -> list[Any]:
+    """What round `number` (from 1) takes: the next `size`, from the start again at the end; none of them twice."""
+    size = min(size, len(prompts))
+    start = (number - 1) * size
+    return [prompts[place % len(prompts)] for place in range(start, start + size)]
+
+
+def write_slice(folder: Path, sampling: SamplingSection, number: int, size: int, *, write: bool = True) -> list[str]:
+    """Write the round's prompts, with the responses that they came with, unless another process does (`write`).
+
+    Returns:
+        The files, in order: one, or several where prompts with, without and with scored responses are mixed,
+        since a file is read as its first row is.
+    """
+    found = read_groups(
+        sampling.prompts, format=sampling.format, split=sampling.split, max_groups=sampling.max_prompts, needs="prompt"
+    )
+    files = []
+    for place, (_, rows) in enumerate(itertools.groupby(slice_of(found, number, size), _kind), start=1):
+        path = folder / f"prompts{f'-{place}' if place > 1 else ''}.jsonl"
+        if write:
+            replace_text(path, "".join(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in rows))
+        files.append(str(path))
+    return files
+
+
+def _kind(prompt: RankedGroup) -> str:
+    if not prompt.responses:
+        return "bare"
+    return "unscored" if None in prompt.scores else "ranked"
+
+
+def _row(prompt: RankedGroup) -> dict[str, Any]:
+    return {**prompt.row(), "origin": {**prompt.columns, **prompt.origin}}
+
+
+class RoundFolder:
+    """The folder of one round; number 0 holds the evaluation of the policy that the rounds start from."""
+
+    def __init__(self, output: Path, number: int) -> None:
+        self.path = output / policy_name(number)
+        self._stages = self.path / "stages.json"
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Stage -> how long it took; those that are finished.
+
+        Raises:
+            UserError: the note of them is damaged.
+        """
+        if not self._stages.exists():
+            return {}
+        try:
+            finished = json.loads(self._stages.read_text(encoding="utf-8"))
+            assert all(isinstance(facts, dict) for facts in finished.values())
+        except (OSError, ValueError, AttributeError, AssertionError, RecursionError):
+            raise UserError(
+                f"{self._stages}: is damaged, so nobody knows which stages are finished. Remove it: every stage looks "
+                "at what it has written, and continues there."
+            ) from None
+        return dict(finished)
+
+    def begun(self, stage: str) -> bool:
+        """Whether an earlier run of the command has left something of a stage."""
+        return any(self.path.glob(_LEAVES[stage]))
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Note that a stage is finished; once this returns, a kill or a power cut does not undo it."""
+        replace_text(self._stages, json.dumps({**self.finished(), stage: facts}, indent=2) + "\n")

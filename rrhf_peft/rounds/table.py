@@ -18,8 +18,7 @@ from rich.table import Table
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.rounds import is_current_policy
-from rrhf_peft.rounds.folder import RoundFolder
-from rrhf_peft.rounds.stages import policy_name, source_of
+from rrhf_peft.rounds.stages import RoundFolder, policy_name, source_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Row:
 
     Attributes:
         policy: base, round-1, round-2 ...
-        groups: groups of candidates that it was trained on.
-        candidates: their mean score.
+        groups: groups of candidates that it was trained on; training leaves out those that teach it nothing.
+        candidates: mean score of all scored candidates.
         own: mean score of those that the policy before it wrote.
         mean_of_max: mean over groups of the best score, which the held-out reward approaches (arXiv 2304.05302).
         reward: held-out reward by the evaluation's first scorer, with its bootstrap interval.
@@ -101,9 +100,10 @@ def _row(recipe: Recipe, folder: RoundFolder, number: int) -> Row:
     facts: dict[str, Any] = {}
     if number > 0:
         report = json.loads((folder.path / "scored.report.json").read_text(encoding="utf-8"))
+        data = json.loads((folder.path / "run" / "data_report.json").read_text(encoding="utf-8"))
         training = folder.finished()["train"]
         facts = {
-            "groups": report["groups_kept"],
+            "groups": data["train"]["groups_kept"],
             "candidates": report["mean"],
             "own": _own_mean(recipe, report["sources"], number),
             "mean_of_max": report["mean_of_max"],
@@ -167,7 +167,7 @@ def _seconds(row: Row) -> str:
 
 _COLUMNS = (
     _Column("groups", "groups of candidates that the policy was trained on", _number("groups", ",d")),
-    _Column("mean", "their mean score", _number("candidates", ".3f")),
+    _Column("mean", "mean score of all scored candidates", _number("candidates", ".3f")),
     _Column("own", "mean score of those that the policy before it wrote", _number("own", ".3f")),
     _Column("mean of max", "mean over groups of the best candidate's score", _number("mean_of_max", ".3f")),
     _Column("held-out reward", "on the evaluation's prompts, with its bootstrap interval", _interval),

@@ -69,6 +69,14 @@ def round_recipe(*arguments, **changes):
     return make_recipe(round_values(*arguments, **changes), needs=NEEDS)
 
 
+def open_rounds(output, recipe, *, overwrite):
+    """As a run does that ends before its first stage."""
+    from rrhf_peft.rounds import run
+
+    with run.open_rounds(output, recipe, overwrite=overwrite):
+        pass
+
+
 def run_quietly(recipe, **options):
     from rrhf_peft.rounds.run import run_rounds
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from rounds.round_recipes import NEEDS, evaluated, round_recipe, round_values
+from rounds.round_recipes import NEEDS, evaluated, open_rounds, round_recipe, round_values
 
 from rrhf_peft.data import read_groups
 from rrhf_peft.recipe import load_recipe, make_recipe, recipe_text
 from rrhf_peft.records import UserError
-from rrhf_peft.rounds.folder import open_rounds
-from rrhf_peft.rounds.prompts import slice_of, write_slice
-from rrhf_peft.rounds.stages import Stages
+from rrhf_peft.rounds.stages import Stages, slice_of, write_slice
 
 MODEL = "org/some-model"
 SETS = ("sampling.output", "scoring.input", "scoring.output", "data.train", "training.output_dir", "evaluation.output")
@@ -159,7 +157,7 @@ def test_a_changed_recipe_is_refused(tmp_path, section, changes, message):
     assert (output / "round-1").is_dir()
     open_rounds(output, changed, overwrite=True)
     assert sorted(path.name for path in output.parent.iterdir()) == ["prompts.json", "rounds"]
-    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in output.iterdir()} == {".rrhf-peft.json", "inputs.json", "recipe.yaml"}
 
 
 def test_patterns_in_another_order_are_another_recipe(tmp_path):

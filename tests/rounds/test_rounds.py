@@ -7,15 +7,25 @@ import json
 import pytest
 import yaml
 from rich.console import Console
-from rounds.round_recipes import NEEDS, read_rows, round_recipe, round_values, run_quietly, tables
+from rounds.round_recipes import (
+    NEEDS,
+    evaluated,
+    open_rounds,
+    read_rows,
+    round_recipe,
+    round_values,
+    run_quietly,
+    tables,
+)
 from score_rules import LIVE_MODELS
 from typer.testing import CliRunner
 
 from rrhf_peft.cli import app
+from rrhf_peft.files import lock
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
-from rrhf_peft.rounds.folder import open_rounds
 from rrhf_peft.rounds.run import run_rounds
+from rrhf_peft.rounds.stages import RoundFolder
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +148,63 @@ def test_a_recipe_that_was_refused_before_its_first_stage_can_be_mended(tiny_mod
     (output / "round-1").mkdir()
     with pytest.raises(UserError, match=r"rounds\.prompts_per_round was 2 and is 3"):
         open_rounds(output, wrong, overwrite=False)
+
+
+def test_the_table_counts_the_groups_that_training_kept(tiny_model_folder, tmp_path):
+    values = round_values(tiny_model_folder, tmp_path, prompts=6, training={"max_steps": 1}, rounds={"count": 1})
+    values["scoring"]["scorer"]["function"] = "score_rules:ties_in_the_first_group"
+    (row,) = run_quietly(make_recipe(values, needs=NEEDS)).rows
+    report = json.loads((tmp_path / "rounds" / "round-1" / "scored.report.json").read_text())
+    assert report["groups_kept"] == 6
+    assert row.groups == 5
+
+
+def test_overwritten_rounds_come_back_when_the_new_ones_fail_at_once_and_stay_until_they_are_whole(
+    tiny_model_folder, tmp_path
+):
+    changes = {"prompts": 4, "training": {"max_steps": 1}, "rounds": {"count": 1}}
+    run_quietly(round_recipe(tiny_model_folder, tmp_path, **changes))
+    output = tmp_path / "rounds"
+    before = tables(output)
+    with pytest.raises(UserError, match="no such file"):
+        run_quietly(
+            round_recipe(tiny_model_folder, tmp_path, **changes, sampling={"prompts": "x.json"}), overwrite=True
+        )
+    assert tables(output) == before
+    wrong = round_recipe(tiny_model_folder, tmp_path, **changes, data={"max_tokens": 4096})
+    retired = tmp_path / ".rounds.rrhf-peft.retired"
+    with pytest.raises(UserError, match=rf"max_tokens: 4096 .* replace are kept in {retired}"):
+        run_quietly(wrong, overwrite=True)
+    assert tables(retired) == before
+    again = round_recipe(tiny_model_folder, tmp_path, **changes, scoring={"seed": 1})
+    run_quietly(again, overwrite=True)
+    assert not retired.exists()
+    (output / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.txt, which rrhf-peft rounds did not write"):
+        run_quietly(again, overwrite=True)
+    assert (output / "thesis.txt").exists()
+
+
+def test_a_changed_held_out_file_is_refused(tiny_model_folder, tmp_path):
+    values = evaluated(round_values(tiny_model_folder, tmp_path), tmp_path)
+    recipe, output = make_recipe(values, needs=NEEDS), tmp_path / "rounds"
+    open_rounds(output, recipe, overwrite=False)
+    (output / "round-1").mkdir()
+    open_rounds(output, recipe, overwrite=False)
+    prompts = values["evaluation"]["prompts"]
+    with open(prompts, "a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=rf"evaluation\.prompts: {prompts} has another content"):
+        open_rounds(output, recipe, overwrite=False)
+
+
+def test_two_runs_of_one_folder_at_once_are_refused(tiny_model_folder, tmp_path):
+    with lock(tmp_path / "rounds"), pytest.raises(UserError, match="working on it already"):
+        run_quietly(round_recipe(tiny_model_folder, tmp_path))
+
+
+def test_a_damaged_note_of_the_finished_stages_is_one_paragraph(tmp_path):
+    (tmp_path / "round-1").mkdir()
+    (tmp_path / "round-1" / "stages.json").write_text('{"sample": ')
+    with pytest.raises(UserError, match=r"stages\.json: is damaged.*Remove it"):
+        RoundFolder(tmp_path, 1).finished()

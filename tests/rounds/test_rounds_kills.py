@@ -17,7 +17,7 @@ import pytest
 from rounds.round_recipes import NEEDS, evaluated, round_values, run_quietly, tables
 
 from rrhf_peft.recipe import make_recipe
-from rrhf_peft.rounds.folder import RoundFolder
+from rrhf_peft.rounds.stages import RoundFolder
 
 #: Children are forked from a server that has the heavy imports and no threads.
 PROCESSES = multiprocessing.get_context("forkserver")
