@@ -14,8 +14,9 @@ from rich.progress import TimeRemainingColumn as Remaining
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rrhf_peft.console import terminal
-from rrhf_peft.files import replace_text
+from rrhf_peft.files import replace_text, writing
 from rrhf_peft.modeling import check_gradients
+from rrhf_peft.train.run_folder import read_metrics
 
 #: Without a terminal, one line of progress at most this often, in seconds.
 SECONDS_BETWEEN_LINES = 10.0
@@ -26,25 +27,40 @@ class GradientCheck(TrainerCallback):
 
     Args:
         lost_anything: whether any process has seen a loss other than 0 yet; collective.
+        overflowed: whether this step will be skipped because fp16's loss was scaled too far; collective.
     """
 
-    def __init__(self, lost_anything: Callable[[], bool]) -> None:
-        self._lost_anything = lost_anything
+    def __init__(self, lost_anything: Callable[[], bool], overflowed: Callable[[], bool]) -> None:
+        self._lost_anything, self._overflowed = lost_anything, overflowed
         self._checked = False
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the gradients once; DeepSpeed keeps them to itself."""
-        if not self._checked and args.deepspeed is None and self._lost_anything():
+        if not self._checked and args.deepspeed is None and self._lost_anything() and not self._overflowed():
             check_gradients(kwargs["model"])
             self._checked = True
+
+
+class AtBegin(TrainerCallback):
+    """Calls a function when the model, the optimizer and the state of a run are there, before its first step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self._function()
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl`: one object per line with step, epoch and the metrics.
 
-    Resuming drops the lines after the checkpoint, so the file reads as if nothing had happened.
+    Resuming drops the lines after the checkpoint and an earlier closing line, so the file reads as if nothing had
+    happened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,8 +72,8 @@ class MetricsFile(TrainerCallback):
         """Start afresh, or keep what was logged up to the step resumed from."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in _whole_lines(self.path) if _is_before(json.loads(line), state.global_step)]
-        replace_text(self.path, "".join(f"{line}\n" for line in kept if state.global_step > 0))
+        kept = [entry for entry in read_metrics(self.path) if _is_before(entry, state.global_step)]
+        replace_text(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept if state.global_step > 0))
 
     def on_log(
         self,
@@ -70,12 +86,12 @@ class MetricsFile(TrainerCallback):
         """Append one line."""
         if state.is_world_process_zero and logs:
             entry = {"step": state.global_step, **logs}
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with loss, pair accuracy, tokens/s, time left and, online, the reward; plain lines without a terminal."""
+    """A bar with loss, pair accuracy, groups/s, time left and, online, the reward; plain lines without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or terminal(stderr=True)
@@ -160,15 +176,19 @@ class TrainingProgress(TrainerCallback):
 
 def _is_before(entry: dict[str, Any], step: int) -> bool:
     """Whether a line was logged before a checkpoint at this step; the refresh of online training comes after it."""
+    if "train_runtime" in entry:
+        return False
     return entry["step"] < step if "refresh" in entry else entry["step"] <= step
 
 
 def _numbers(logs: dict[str, Any], prefix: str) -> str:
     parts = [f"loss {logs[f'{prefix}loss']:.3f}"]
-    if (accuracy := logs.get(f"{prefix}pair_accuracy")) is not None:
-        parts.append(f"pairs {accuracy:.0%}")
-    if (rate := logs.get(f"{prefix}tokens_per_second")) is not None:
-        parts.append(f"{rate:,.0f} tok/s")
+    for metric in ("rewards/accuracies", "pair_accuracy"):  # an objective's own order of pairs before p_i's
+        if (accuracy := logs.get(f"{prefix}{metric}")) is not None:
+            parts.append(f"pairs {accuracy:.0%}")
+            break
+    if (rate := logs.get(f"{prefix}groups_per_second")) is not None:
+        parts.append(f"{rate:,.1f} groups/s" if rate < 100 else f"{rate:,.0f} groups/s")
     return "  ".join(parts)
 
 
@@ -176,10 +196,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file; a last line that a kill cut short is not one."""
-    if not path.exists():
-        return []
-    return [line.rstrip("\n") for line in path.open(encoding="utf-8") if line.endswith("\n")]

@@ -25,9 +25,10 @@ def write_model_card(
         report: of the training data.
         history: `TrainerState.log_history`.
     """
+    base = [] if Path(recipe.model.name).is_dir() else [f"base_model: {recipe.model.name}"]
     lines = [
         "---",
-        f"base_model: {recipe.model.name}",
+        *base,  # the hub refuses a folder on somebody's disk
         f"library_name: {'transformers' if recipe.adapter is None and not recipe.model.init_adapter else 'peft'}",
         f"tags: [{recipe.objective.name}, ranked-responses]",
         "---",

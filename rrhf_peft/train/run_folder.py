@@ -1,131 +1,362 @@
-"""The run folder: what is written where, when a checkpoint is whole, and whether a run may be resumed.
+"""The run folder: what is written where, what may be continued, and what a run may be continued from.
 
 recipe.yaml        the resolved recipe        data_report.json   what the data was
-metrics.jsonl      one line per log           README.md          the adapter's card
-checkpoint-N/      to resume from             adapter_model.safetensors, tokenizer files ...
+metrics.jsonl      one line per log           run.json           what else decides the weights: base, processes
+checkpoint-N/      to resume from             README.md          the adapter's card
+adapter_model.safetensors, tokenizer files ...
+
+Reads without torch, so that a report of runs is there at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import os
-import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rrhf_peft.files import replace_text
-from rrhf_peft.recipe import Recipe, recipe_text
+from rrhf_peft.files import remove, replace_text
 from rrhf_peft.records import UserError
 
-RECIPE, DATA_REPORT, METRICS = "recipe.yaml", "data_report.json", "metrics.jsonl"
+if TYPE_CHECKING:
+    from rrhf_peft.recipe import Recipe
+
+RECIPE, DATA_REPORT, METRICS, CIRCUMSTANCES = "recipe.yaml", "data_report.json", "metrics.jsonl", "run.json"
+#: In a checkpoint, beside what transformers puts there: the sums behind the metrics (`RRHFTrainer`).
+TOTALS = "totals.json"
+
+#: What training writes into its folder. A file of another name is a user's and keeps the folder from being replaced.
+WRITES = (
+    *(
+        RECIPE,
+        DATA_REPORT,
+        METRICS,
+        CIRCUMSTANCES,
+        "README.md",
+        "checkpoint-[0-9]*/*",
+        "reference_log_probs.safetensors",
+    ),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json", "generation_config.json"),
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "training_args.bin"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "trainer_state.json"),
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),
+    *("reference_log_probs.safetensors", "online/step-*.jsonl", "runs/*", "*.tmp", ".tmp*"),
+)
 
 #: Settings that may change between a run and its resumption: they do not touch the weights.
 HARMLESS_PREFIXES = ("training.logging", "training.report_to", "training.save", "training.eval", "training.run_name")
 HARMLESS_KEYS = frozenset({"training.output_dir", "training.disable_tqdm", "training.dataloader_num_workers"})
 
+#: Weight files up to this many bytes are read whole for their fingerprint, of larger ones as much in pieces.
+_FINGERPRINTED = 2**26
 
-def refuse_occupied(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder; changes nothing.
 
-    Raises:
-        UserError: the folder holds something and neither `resume` nor `overwrite` was asked for, or it
-            is to be overwritten but is not a run folder.
+@dataclass(frozen=True)
+class Circumstances:
+    """What a run's weights depend on beside its recipe and its data.
+
+    Attributes:
+        processes: of the launch.
+        groups_per_step: groups in one optimizer step, over all processes.
+        base: fingerprint of the base model's weights; None where it is not known.
+        init_adapter: the same of the adapter that is trained further.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: training.output_dir is a file. Choose a folder.")
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{folder}: training.output_dir cannot be made in {above}. Choose a writable folder.")
-    if not folder.is_dir() or not any(folder.iterdir()) or resume:
-        return
-    if not overwrite:
-        raise UserError(
-            f"{folder}: training.output_dir already holds files. Pass --resume to continue that run, --overwrite to "
-            "replace it, or choose another folder."
-        )
-    missing = [name for name in (RECIPE, DATA_REPORT) if not (folder / name).is_file()]
-    if missing:  # a folder with a recipe.yaml alone may be where the user works
-        raise UserError(
-            f"{folder}: --overwrite replaces run folders only, and this one has no {missing[0]}. "
-            "Choose another training.output_dir, or remove the folder yourself."
-        )
+
+    processes: int
+    groups_per_step: int
+    base: str | None
+    init_adapter: str | None
 
 
-def open_run_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the run folder, in place of an old one with `overwrite`.
+# ---- Reading what a run has left ----
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; a last one without its line break was cut by a kill, or is being written.
 
     Raises:
-        UserError: it cannot be written to.
+        UserError: it cannot be read, or a line is damaged; names the line.
     """
     try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: training.output_dir cannot be written to ({error.strerror}). Choose a writable folder."
-        ) from None
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        return []  # ended before its first log
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Restore the file.") from None
+    logs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            step = entry["step"] if isinstance(entry, dict) else None
+        except (ValueError, KeyError, RecursionError):
+            step = None
+        if not isinstance(step, (int, float)) or isinstance(step, bool):
+            raise UserError(
+                f"{path}, line {number}: this is not the log of a step (a JSON object with the key step). "
+                "Fix or remove the line."
+            )
+        logs.append(entry)
+    return logs
 
 
-def refuse_changes(folder: Path, recipe: Recipe, fingerprint: str) -> None:
-    """Compare a run to resume with what would be trained now.
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object out of a run's file.
 
     Raises:
-        UserError: the recipe or the data changed; names what did.
+        UserError: the file cannot be read or holds something else.
     """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the run's folder.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: this is not JSON ({error}). Restore the file, or leave this run out.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: this is not a JSON object. Restore the file, or leave this run out.")
+    return values
+
+
+def read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
+    """A run's resolved recipe, as text and as values.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: cannot be read as a recipe ({reason}). Restore the file, or leave this run out."
+        ) from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: this is not a recipe. Restore the file, or leave this run out.")
+    return text, recipe
+
+
+# ---- What has changed ----
+
+
+def describe_run(folder: Path, recipe: Recipe, reports: dict[str, Any], circumstances: Circumstances) -> None:
+    """Write the snapshot of the recipe, of the data and of what else decides the weights."""
+    from rrhf_peft.recipe import recipe_text
+
+    replace_text(folder / CIRCUMSTANCES, json.dumps(asdict(circumstances), indent=2) + "\n")
+    replace_text(folder / DATA_REPORT, json.dumps(reports, indent=2, ensure_ascii=False) + "\n")
+    replace_text(folder / RECIPE, recipe_text(recipe))
+
+
+def recipe_changes(folder: Path, recipe: Recipe) -> list[str]:
+    """What the recipe says otherwise than that of the run in the folder did; nothing where no run has begun there.
+
+    Raises:
+        UserError: the run's recipe is damaged.
+    """
+    from rrhf_peft.recipe import recipe_text
+
     if not (folder / RECIPE).is_file():
-        return  # killed before its first line: nothing to differ from
-    then = _flat(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+        return []
+    then = _flat(read_recipe(folder / RECIPE)[1])
     now = _flat(yaml.safe_load(recipe_text(recipe)))
-    changed = [
+    return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key) and key not in HARMLESS_KEYS and not key.startswith(HARMLESS_PREFIXES)
     ]
-    report = folder / DATA_REPORT
-    if report.is_file() and json.loads(report.read_text(encoding="utf-8"))["train"]["fingerprint"] != fingerprint:
-        changed.append("the training data gives other tokens or scores")
-    if changed:
-        raise UserError(
-            f"{folder}: cannot resume, because {'; '.join(changed)}. Undo the change, choose another "
-            "training.output_dir, or pass --ignore-changes to continue all the same."
+
+
+def input_changes(folder: Path, data_fingerprint: str, now: Circumstances, *, processes: bool = True) -> list[str]:
+    """What a run reads otherwise than it did, or with `processes` runs on otherwise, with the same recipe.
+
+    Raises:
+        UserError: the run's own description is damaged.
+    """
+    changes = []
+    if (folder / DATA_REPORT).is_file():
+        train = read_object(folder / DATA_REPORT).get("train")
+        if not isinstance(train, dict) or train.get("fingerprint") != data_fingerprint:
+            changes.append("the training data gives other tokens or scores")
+    if not (folder / CIRCUMSTANCES).is_file():
+        return changes
+    then = read_object(folder / CIRCUMSTANCES)
+    for key, name in (("base", "the base model has"), ("init_adapter", "the adapter of model.init_adapter has")):
+        before, after = then.get(key), getattr(now, key)
+        if None not in (before, after) and before != after:
+            changes.append(f"{name} other weights than the run began with")
+    if processes and then.get("processes") != now.processes:
+        changes.append(
+            f"the run was on {then.get('processes')} process(es) with {then.get('groups_per_step')} groups per step "
+            f"and is on {now.processes} with {now.groups_per_step}"
         )
+    return changes
 
 
-def describe_run(folder: Path, recipe: Recipe, reports: dict[str, Any]) -> None:
-    """Write the recipe's and the data's snapshot."""
-    replace_text(folder / RECIPE, recipe_text(recipe))
-    replace_text(folder / DATA_REPORT, json.dumps(reports, indent=2, ensure_ascii=False) + "\n")
+def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
+    """What tells a model's or an adapter's weights from others: SHA-256 over a local folder's files, the hub's commit.
+
+    None where a hub id is not in the cache. Of large files equally spaced pieces are read: training moves all weights.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(name).expanduser()
+    configs = ("config.json", "adapter_config.json")
+    if not folder.is_dir():
+        with contextlib.suppress(ValueError):
+            cached = (try_to_load_from_cache(name, file, revision=revision) for file in configs)
+            return next((Path(path).parent.name for path in cached if isinstance(path, str)), None)
+        return None
+    digest = hashlib.sha256()
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for path in [folder / file for file in configs if (folder / file).is_file()] + weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        pieces = 1 if size <= _FINGERPRINTED else 256
+        with path.open("rb") as file:
+            for piece in range(pieces):
+                file.seek(size // pieces * piece)
+                digest.update(file.read(_FINGERPRINTED // pieces))
+    return digest.hexdigest()
+
+
+# ---- Checkpoints ----
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None.
+    """The newest whole checkpoint, or None."""
+    return next((path for path in _checkpoints(folder) if damage(path) is None), None)
 
-    The trainer's state is written last, after every process's share, so a checkpoint without a
-    readable one was cut short; it is passed over, and written anew when training gets there again.
+
+def checkpoint_to_resume(folder: Path, *, weights_suffice: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, or None to start from the beginning; and what was passed over, in words.
+
+    Args:
+        folder: the run folder.
+        weights_suffice: a checkpoint without optimizer, scheduler or random states counts as whole.
+
+    Raises:
+        UserError: checkpoints were written, and none of them is whole.
     """
-    numbered = sorted(
-        (int(path.name.rpartition("-")[2]), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
+    passed: list[str] = []
+    was_whole: list[str] = []
+    for path in _checkpoints(folder):
+        problem = damage(path, weights_suffice=weights_suffice)
+        if problem is None:
+            return path, passed
+        passed.append(f"{path.name} is not whole ({problem})")
+        if (path / "trainer_state.json").is_file():  # written last: it was whole once
+            was_whole.append(path.name)
+    if not was_whole:
+        return None, passed
+    raise UserError(
+        f"{folder}: no checkpoint is left that this run could be continued from as if nothing had happened: "
+        f"{'; '.join(passed)}. Put the files back; or remove what is damaged of {was_whole[0]} and pass "
+        "--ignore-changes to go on from its weights with a new optimizer; or pass --overwrite to start anew."
     )
-    for step, path in reversed(numbered):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if state.get("global_step") == step:
-            return path
+
+
+def remove_unfinished(folder: Path, checkpoint: Path | None) -> None:
+    """Clear what a kill left, before a run continues from `checkpoint`, or begins again with None.
+
+    Checkpoints that are newer, or not whole, would be taken for whole ones when transformers removes old ones; and
+    weights in the middle of being written are of no use to anybody.
+    """
+    for path in _checkpoints(folder):
+        if checkpoint is None or _step(path) > _step(checkpoint) or damage(path, weights_suffice=True) is not None:
+            remove(path)
+    for pattern in ("*.tmp", ".tmp*"):
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink()
+
+
+def damage(checkpoint: Path, *, weights_suffice: bool = False) -> str | None:
+    """Why a checkpoint cannot be continued from: the first file that is missing or cut short. None if it is whole.
+
+    The trainer's state is written last, after every process's share.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.get("global_step") != _step(checkpoint):
+            return "trainer_state.json is of another step"
+    except FileNotFoundError:
+        return "it was never finished"
+    except (OSError, ValueError, RecursionError):
+        return "trainer_state.json is damaged"
+    if (checkpoint / TOTALS).is_file() and not _is_object(checkpoint / TOTALS):
+        return f"{TOTALS} is damaged"
+    if any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*")):
+        return None  # DeepSpeed's and FSDP's formats, which check themselves
+    weights = sorted([*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")])
+    if not weights:
+        return "its weights are missing"
+    for path in weights:
+        if not _is_whole_safetensors(path):
+            return f"{path.name} is damaged"
+    count = len(list(checkpoint.glob("rng_state_*.pth")))
+    random = [f"rng_state_{process}.pth" for process in range(count)] or ["rng_state.pth"]
+    for name in ("optimizer.pt", "scheduler.pt", *random, "scaler.pt"):
+        path = checkpoint / name
+        if not path.is_file():
+            if not weights_suffice and name != "scaler.pt":
+                return f"{name} is missing"
+        elif not _is_whole_archive(path):
+            return f"{name} is damaged"
     return None
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """All of them, the newest first."""
+    numbered = (path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal())
+    return sorted(numbered, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _is_object(path: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(read_object(path))
+    return False
+
+
+def _is_whole_safetensors(path: Path) -> bool:
+    """Whether the header can be read and the file is as long as it says."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length <= size - 8 else {}
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return bool(header) and 8 + length + max(ends, default=0) == size
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether every part of what `torch.save` wrote has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    return dict(_items(values, prefix))
+
+
+def _items(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            yield from _items(value, f"{prefix}{key}.")
         elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            yield f"{prefix}{key}", value

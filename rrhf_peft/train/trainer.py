@@ -7,6 +7,7 @@ metrics. Everything else (loop, optimizers, distributed wrappers, checkpoints) i
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -21,16 +22,18 @@ from accelerate.utils import DistributedType
 from peft import PeftConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import strtobool
 
 from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
+from rrhf_peft.files import replace_text
 from rrhf_peft.logprobs import Proof, install, prove
 from rrhf_peft.modeling import load_base_model, load_tokenizer, prepare_for_training
 from rrhf_peft.objectives import NEEDS_PAIRS, OBJECTIVES
 from rrhf_peft.records import GroupBatch, Mean, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
-from rrhf_peft.train.callbacks import GradientCheck, TrainingProgress
+from rrhf_peft.train.callbacks import AtBegin, GradientCheck, TrainingProgress
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.reference import (
     FILE,
@@ -39,6 +42,7 @@ from rrhf_peft.train.reference import (
     evaluating,
     resolve_reference,
 )
+from rrhf_peft.train.run_folder import TOTALS, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +102,12 @@ class RRHFTrainer(Trainer):
         self.proof: Proof | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._loss_so_far = torch.zeros((), device=args.device)
-        self._last_log = (time.perf_counter(), 0)
+        self._last_log = (time.perf_counter(), 0, 0)
+        self._groups = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._resumed_from: Path | None = None
+        self._began, self._seconds_before = time.monotonic(), 0.0
+        self.write_card: Callable[[], None] | None = None  # set on the main process, where there is a run folder
+        self.after_checkpoint: Callable[[], None] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -106,7 +115,11 @@ class RRHFTrainer(Trainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=processing_class,
-            callbacks=[GradientCheck(self._lost_anything), *(callbacks or [])],
+            callbacks=[
+                GradientCheck(self._lost_anything, self._overflowed),
+                AtBegin(self._restore_totals),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # compute_loss weighs by groups in the step
@@ -194,7 +207,7 @@ class RRHFTrainer(Trainer):
         if self.args.should_save:
             self.reference_cache.write(path)
         self.accelerator.wait_for_everyone()
-        self._last_log = (time.perf_counter(), self.engine.tokens.seen)  # the pass is no part of the step's rate
+        self._last_log = (time.perf_counter(), self.engine.tokens.seen, int(self._groups))  # no part of a step's rate
 
     def _say(self, line: str) -> None:
         """Tell the user, above the progress bar where there is one."""
@@ -206,10 +219,27 @@ class RRHFTrainer(Trainer):
         """Whether any process has seen a loss other than 0, which has no gradient; collective."""
         return bool(self.accelerator.reduce(self._loss_so_far, reduction="sum") > 0)
 
+    def _overflowed(self) -> bool:
+        """Whether fp16's gradients overflowed and the scaler will skip the step, and try a smaller scale; collective.
+
+        It begins with 65536, at which the first steps usually overflow. At a scale of 1 it is the gradients' fault.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= 1:
+            return False
+        overflows = torch.zeros((), device=self.args.device)
+        for parameter in self.model.parameters():  # type: ignore[union-attr]
+            if parameter.grad is not None:
+                gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+                overflows += (~torch.isfinite(gradient)).any()
+        return bool(self.accelerator.reduce(overflows, reduction="sum") > 0)
+
     def _get_num_items_in_batch(self, batch_samples: list[GroupBatch], device: torch.device) -> torch.Tensor:
         """Groups in this optimizer step, over all micro-batches and processes."""
         groups = torch.tensor(sum(map(_groups_in, batch_samples)), device=device)
-        return self.accelerator.reduce(groups, reduction="sum").clamp(min=1)
+        groups = self.accelerator.reduce(groups, reduction="sum")
+        self._groups += groups
+        return groups.clamp(min=1)
 
     def _prepare_input(self, data: Any) -> Any:
         """Move to the device and nothing else: DeepSpeed's cast of floats to bf16 would tie close scores."""
@@ -222,10 +252,20 @@ class RRHFTrainer(Trainer):
             return
         bad = inputs["index"][log_probs.group[~torch.isfinite(log_probs.sum)]].unique().tolist()
         where = f"in group{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else "in the objective"
+        if self.state.global_step == 0 and bad:
+            reason = (
+                "Nothing has been trained yet, so the weights that training began with are damaged, or too large for "
+                "their type: try model.dtype: float32, and look at those groups with `rrhf-peft inspect`."
+            )
+        else:
+            reason = (
+                "Training stopped before the weights took harm; lower training.learning_rate or set "
+                "training.max_grad_norm, look at that group with `rrhf-peft inspect`, and resume from the last "
+                "checkpoint."
+            )
         raise UserError(
             f"step {self.state.global_step + 1}: the loss is not finite ({loss.item()}), {where} of the training data. "
-            "Training stopped before the weights took harm; lower training.learning_rate or set "
-            "training.max_grad_norm, look at that group with `rrhf-peft inspect`, and resume from the last checkpoint."
+            f"{reason}"
         )
 
     # ---- Evaluation ----
@@ -238,7 +278,7 @@ class RRHFTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    # ---- Log and save ----
+    # ---- Log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last log: means over all groups and pairs, not over batches."""
@@ -248,20 +288,89 @@ class RRHFTrainer(Trainer):
                 logs |= {f"{prefix}{name}": value for name, value in means.items()}
         if "loss" in logs:
             logs |= self._rates()
+        if "train_loss" in logs:
+            logs |= self._whole_run()
         super().log(logs, start_time)
 
     def _rates(self) -> dict[str, float]:
-        """Tokens per second over all processes, what sharing prompts saved, and the highest memory use."""
-        then, before = self._last_log
-        now, tokens = time.perf_counter(), self.engine.tokens
-        self._last_log = (now, tokens.seen)
-        counts = torch.tensor([tokens.seen - before, tokens.seen, tokens.unshared], device=self.args.device)
+        """Groups and tokens per second over all processes, what sharing prompts saved, the highest memory use.
+
+        Tokens are those that went through the model, of which the shared layout has fewer; groups compare layouts.
+        """
+        then, tokens_then, groups_then = self._last_log
+        now, tokens, groups = time.perf_counter(), self.engine.tokens, int(self._groups)
+        self._last_log = (now, tokens.seen, groups)
+        counts = torch.tensor([tokens.seen - tokens_then, tokens.seen, tokens.unshared], device=self.args.device)
         new, seen, unshared = self.accelerator.reduce(counts, reduction="sum").tolist()
         return {
+            "groups_per_second": (groups - groups_then) / (now - then),
             "tokens_per_second": new / (now - then),
             "tokens_saved": 1 - seen / unshared if unshared else 0.0,
             "peak_memory_gib": _peak_memory() / 2**30,
         }
+
+    # ---- Sums that a resumed run goes on with ----
+
+    def _totals(self) -> dict[str, Any]:
+        """What the metrics of a resumed run need of the steps before it; collective."""
+        tokens = self.engine.tokens
+        counts = torch.tensor([tokens.responses, tokens.seen, tokens.unshared], device=self.args.device)
+        responses, seen, unshared = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return {
+            "logged_loss": self._total_loss_scalar,
+            "unlogged_loss": self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "tokens": {"responses": responses, "seen": seen, "unshared": unshared},
+            "groups": int(self._groups),
+            "seconds": self._seconds_before + time.monotonic() - self._began,
+            "sums": self._sums["train"].read(self.accelerator),
+        }
+
+    def _restore_totals(self) -> None:
+        """Go on with the sums of the checkpoint, so that the log reads as if nothing had happened."""
+        self._began, self._seconds_before = time.monotonic(), 0.0
+        self._groups.zero_()
+        self._last_log = (time.perf_counter(), self.engine.tokens.seen, 0)
+        path = None if self._resumed_from is None else self._resumed_from / TOTALS
+        if path is None or not path.is_file():  # a new run, or a checkpoint of an older version
+            return
+        totals = read_object(path)
+        self._total_loss_scalar = totals["logged_loss"]
+        self._tr_loss = torch.tensor(totals["unlogged_loss"], device=self.args.device)
+        self._globalstep_last_logged = totals["last_logged_step"]
+        self._seconds_before = totals["seconds"]
+        self._groups.fill_(totals["groups"])
+        share = int(self.is_world_process_zero())  # they are sums over all processes
+        for name, count in totals["tokens"].items():
+            setattr(self.engine.tokens, name, count * share)
+        self._sums["train"].restore(totals["sums"], share, self.args.device)
+        self._last_log = (time.perf_counter(), self.engine.tokens.seen, totals["groups"])
+
+    def _whole_run(self) -> dict[str, float]:
+        """The closing numbers of all steps, those before a resumption too; transformers counts its last call alone."""
+        unlogged = self.accelerator.reduce(self._tr_loss, reduction="mean").item()
+        loss = self._total_loss_scalar - self._tr_loss.item() + unlogged
+        seconds = self._seconds_before + time.monotonic() - self._began
+        return {
+            "train_loss": loss / max(self.state.global_step, 1),
+            "train_runtime": seconds,
+            "train_samples_per_second": int(self._groups) / seconds,
+            "train_steps_per_second": self.state.global_step / seconds,
+        }
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """As in transformers; remembers where the run goes on."""
+        self._resumed_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _run_epoch(self, *args: Any, **rest: Any) -> None:
+        """One pass over the data; none after the run's last step, where transformers would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **rest)
+
+    # ---- Save ----
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save as transformers does, then look: sharded training can write tensors without elements."""
@@ -277,10 +386,32 @@ class RRHFTrainer(Trainer):
                     "(ZeRO-3) in the accelerate config."
                 )
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As in transformers; then tells who waits for the first one."""
+        super()._save_checkpoint(model, trial)
+        if self.after_checkpoint is not None:
+            self.after_checkpoint()
+
     def _save_rng_state(self, output_dir: str) -> None:
         """All processes' states are on disk before the trainer state that declares a checkpoint whole."""
         super()._save_rng_state(output_dir)
+        totals = self._totals()
+        if self.is_world_process_zero():
+            replace_text(Path(output_dir) / TOTALS, json.dumps(totals) + "\n")
         self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """What `push_to_hub` calls before it uploads: this run's own card where there is one."""
+        if self.write_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.write_card()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in transformers, with the card as it is after these steps."""
+        if self.write_card is not None and self.is_world_process_zero():
+            self.write_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 # ---- Metrics ----
@@ -300,13 +431,21 @@ class MetricSums:
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over everything added on any process since the last call; collective."""
+        sums = self.read(accelerator)
+        self._sums = {}
+        return {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
+
+    def read(self, accelerator: Accelerator) -> dict[str, list[float]]:
+        """Name -> total and weight over all processes; collective."""
         if not self._sums:
             return {}
-        names = list(self._sums)
-        stacked = accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum")
-        self._sums = {}
-        return {
-            name: total / weight for name, (total, weight) in zip(names, stacked.tolist(), strict=True) if weight > 0
+        stacked = accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+        return dict(zip(self._sums, stacked.tolist(), strict=True))
+
+    def restore(self, sums: dict[str, list[float]], share: int, device: torch.device) -> None:
+        """Go on from what `read` gave, of which this process takes the share 1 or 0."""
+        self._sums = {
+            name: share * torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in sums.items()
         }
 
 
