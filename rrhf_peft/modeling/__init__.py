@@ -29,7 +29,7 @@ from rrhf_peft.modeling.quantization import (
     quantization_config,
     quantized_modules,
 )
-from rrhf_peft.modeling.sources import checkpoint_tensors, resolve_source
+from rrhf_peft.modeling.sources import checkpoint_tensors, resolve_source, weights_fingerprint
 from rrhf_peft.modeling.tokenizer import load_tokenizer, refuse_unknown_tokens
 
 __all__ = [
@@ -59,4 +59,5 @@ __all__ = [
     "resolve_source",
     "tokenizer_of",
     "uses_checkpointing",
+    "weights_fingerprint",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, snapshot_download
@@ -175,6 +176,39 @@ def _weight_files(folder: Path, patterns: Sequence[str]) -> list[str]:
         return sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return list(patterns)
+
+
+#: What a model, adapter or tokenizer is read from: weights, configuration, tokenizer, and code.
+_WEIGHTS, _CONFIGS = ("*.safetensors", "*.bin", "*.pt"), ("*config.json", "*.index.json", "*.py")
+_TOKENIZER = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_temp*")
+
+#: Bytes; longer files are told apart by their length and by equally spaced pieces of this much in all.
+_READ_WHOLE = 2**26
+
+
+def weights_fingerprint(name: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """What tells a model, an adapter or a tokenizer from another one of the same name; None where it is not here.
+
+    Of a folder or a file, SHA-256 of names and contents: names, sizes and times of files alone change by copying, and
+    stay when a run is repeated. Of files beyond 64 MiB 256 pieces are read, because training moves all of the
+    weights: another model takes seconds to notice and not minutes. Of a hub id, the commit that the cache holds.
+    """
+    path, digest = Path(name).expanduser(), hashlib.sha256()
+    if not path.exists():
+        with suppress(LocalEntryNotFoundError, HFValidationError, OSError):
+            return Path(snapshot_download(os.fspath(name), revision=revision, local_files_only=True)).name
+        return None
+    patterns = (*_WEIGHTS, *_CONFIGS, *_TOKENIZER)
+    files = {file for pattern in patterns for file in path.glob(pattern)} if path.is_dir() else {path}
+    for file in sorted(file for file in files if file.is_file()):
+        size = file.stat().st_size
+        pieces = 1 if size <= _READ_WHOLE else 256
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for piece in range(pieces):
+                opened.seek(size // pieces * piece)
+                digest.update(opened.read(_READ_WHOLE // pieces))
+    return digest.hexdigest()
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Path]:

@@ -53,6 +53,9 @@ class RewardModelScorer(_Strict):
     )
     batch_tokens: int = Field(16384, ge=1, description="Padded tokens per batch; halved where the GPU's memory ends.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the weights. Off for a reason.")
+    allow_pickle: bool = Field(
+        False, description="Read pytorch_model.bin where there are no safetensors. Pickled files can hide code."
+    )
 
 
 class JudgeScorer(_Strict):

@@ -14,8 +14,8 @@ import torch
 
 from rrhf_peft.data import GroupCollator, tokenize_every_response
 from rrhf_peft.logprobs import install, prove
-from rrhf_peft.modeling import attach_adapter, load_base_model, load_tokenizer, read_adapter, refuse_beyond_context
-from rrhf_peft.recipe import Recipe
+from rrhf_peft.modeling import load_policy, read_adapter, refuse_beyond_context
+from rrhf_peft.recipe import ModelSection, Recipe
 from rrhf_peft.recipe.scoring import PolicyScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
@@ -77,8 +77,9 @@ class PolicyScores:
         lengths = [len(group.prompt_ids) + sum(map(len, group.response_ids)) for group in tokenized]
         values = self.budget.map(lengths, lambda batch: self._values([tokenized[index] for index in batch]))
         for tokens, group_values in zip(tokenized, values, strict=True):
-            for source, value in zip(tokens.sources, group_values, strict=True):
-                scores[tokens.index][int(source)] = value
+            known: dict[tuple[int, ...], tuple[float, int]] = {}  # the same tokens tie, whatever rounding says
+            for source, ids, value in zip(tokens.sources, tokens.response_ids, group_values, strict=True):
+                scores[tokens.index][int(source)] = known.setdefault(tuple(ids), value)
         return scores
 
     def _tokenized(self, groups: Sequence[RankedGroup]) -> list[TokenizedGroup]:
@@ -99,51 +100,38 @@ class PolicyScores:
         return {name: tensor.to(device) for name, tensor in GroupCollator(names)(groups).items()}  # type: ignore[attr-defined]
 
 
-def load_policy(section: PolicyScorer, recipe: Recipe) -> PolicyScores:
-    """The policy that the scorer names: a model, an adapter on it, or the recipe's own model.
+def policy_of(section: PolicyScorer, recipe: Recipe) -> tuple[ModelSection, str | None]:
+    """The `model:` section and the adapter that the scorer names: a model, an adapter on it, or the recipe's own.
 
     Raises:
-        UserError: neither is named, or they cannot be loaded.
+        UserError: neither is named, or there is no such adapter.
     """
-    settings: dict[str, Any] = {}
-    adapter = section.adapter
     if section.model is not None:
-        name: str | None = section.model
-    elif recipe.model is not None:
-        name = recipe.model.name
-        fields = ("revision", "dtype", "quantization", "double_quant", "attention", "trust_remote_code")
-        settings = {field: getattr(recipe.model, field) for field in fields}
-        adapter = adapter or recipe.model.init_adapter
-    else:
-        name = read_adapter(adapter).config.base_model_name_or_path if adapter else None
+        return ModelSection(name=section.model), section.adapter
+    if recipe.model is not None:
+        return recipe.model, section.adapter or recipe.model.init_adapter
+    name = read_adapter(section.adapter).config.base_model_name_or_path if section.adapter else None
     if not name:
         raise UserError("scoring.scorer.model: name the policy, or an adapter that says what its base model is.")
-    own_tokenizer = recipe.model.tokenizer if section.model is None and recipe.model is not None else None
-    tokenizer = load_tokenizer(
-        own_tokenizer or name,
-        revision=settings.get("revision") if own_tokenizer is None else None,
-        trust_remote_code=settings.get("trust_remote_code", False),
-    )
-    model: Any = load_base_model(name, **settings)
-    if adapter is not None:
-        model = attach_adapter(model, None, init_adapter=adapter)
-    return PolicyScores(
-        model.eval().requires_grad_(False),
-        tokenizer,
-        template=section.template,
-        max_prompt_tokens=section.max_prompt_tokens,
-        max_tokens=section.max_tokens,
-        length_penalty=section.length_penalty,
-        batch_tokens=section.batch_tokens,
-    )
+    return ModelSection(name=name), section.adapter
 
 
 class PolicyGroups:
     """A policy's own preference over candidates."""
 
     def __init__(self, section: PolicyScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
-        self.policy: PolicyScores = load_policy(section, recipe)
-        self.policy.prove(groups)
+        described, adapter = policy_of(section, recipe)
+        model, tokenizer = load_policy(described, adapter=adapter)
+        self.policy = PolicyScores(
+            model,
+            tokenizer,
+            template=section.template,
+            max_prompt_tokens=section.max_prompt_tokens,
+            max_tokens=section.max_tokens,
+            length_penalty=section.length_penalty,
+            batch_tokens=section.batch_tokens,
+        )
+        self.policy.prove([group for group in groups if group.responses])
 
     def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """p_i; a response without text has none."""

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.initialization import no_init_weights
 
 from rrhf_peft.data import TEMPLATES, chat_messages
-from rrhf_peft.modeling import default_device, resolve_dtype, resolve_source
+from rrhf_peft.modeling import checkpoint_tensors, default_device, resolve_dtype, resolve_source
 from rrhf_peft.records import LARGEST_SCORE, Message, RankedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
 from rrhf_peft.score.candidates import GroupScores
@@ -54,7 +54,7 @@ class RewardModelScores:
         if value_head:
             model: Any = load_value_head_model(section.model, base=section.base, **options)
         else:
-            model = load_sequence_classifier(resolve_source(section.model, revision=section.revision), **options)
+            model = load_sequence_classifier(section.model, allow_pickle=section.allow_pickle, **options)
         tokenizer = section.tokenizer or (section.base if value_head and section.base else section.model)
         self.texts = RewardTexts(
             load_reward_tokenizer(
@@ -172,27 +172,40 @@ def load_sequence_classifier(
     dtype: torch.dtype,
     device: torch.device,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Any:
     """Load a sequence classifier with every one of its weights; its head computes in float32.
 
     Raises:
-        UserError: it cannot be loaded, or the checkpoint lacks weights (a causal LM has no score head);
-            names them.
+        UserError: it cannot be loaded, its weights are pickled and that was not asked for, or the checkpoint lacks
+            weights (a causal LM has no score head); names them.
     """
+    patterns = ["model*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
+    source = Path(resolve_source(name, revision=revision, what="reward model", weights=patterns))
+    pickled = [path.name for path in source.glob("*.bin") if not any(source.glob("*.safetensors*"))]
+    if pickled and not allow_pickle:
+        raise UserError(
+            f"{source}: the weights are pickled ({pickled[0]}), which can hide code. Convert them to safetensors, or, "
+            "if you trust where they come from, set scoring.scorer.allow_pickle: true."
+        )
+    if not pickled:
+        checkpoint_tensors(source)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            revision=revision,
+            source,
+            use_safetensors=not pickled,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             device_map={"": device},
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise UserError(f"{name}: the reward model does not fit into the memory of {device} as {dtype}.") from None
+    except Exception as error:  # a configuration that does not fit together fails in every way there is
         raise UserError(
             f"{name}: cannot be loaded as a reward model ({_first_line(error)}). Name a sequence classification "
             "checkpoint, or set scoring.scorer.layout: value_head."
-        ) from None
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         unexpected = sorted(report["unexpected_keys"])

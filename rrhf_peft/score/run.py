@@ -10,7 +10,6 @@ resumed, on any number of processes, gives what an uninterrupted one gives.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,17 +20,25 @@ from typing import Any
 from rich.console import Console
 
 from rrhf_peft.console import terminal
-from rrhf_peft.files import Content, write_files
+from rrhf_peft.files import Content, is_finished, remove, replace_text, write_files
 from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
+from rrhf_peft.modeling import weights_fingerprint
+from rrhf_peft.progress import progress
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.scoring import CompositeScorer, HumanScorer, RuleScorer, ScoringSection
+from rrhf_peft.recipe.scoring import (
+    CompositeScorer,
+    HumanScorer,
+    PolicyScorer,
+    RewardModelScorer,
+    RuleScorer,
+    ScoringSection,
+)
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.score.candidates import GroupScores, Scorer, read_candidates
 from rrhf_peft.score.combine import LEAST_RESPONSES, ScoreReport, finished_rows
 from rrhf_peft.score.judge import Judge
 from rrhf_peft.score.people import PeopleScores, is_handed_out, key_path, texts_of, write_sheet
-from rrhf_peft.score.policy import PolicyGroups
-from rrhf_peft.score.progress import group_progress
+from rrhf_peft.score.policy import PolicyGroups, policy_of
 from rrhf_peft.score.reward_model import RewardModelScores
 from rrhf_peft.score.rule import RuleScores, SourceScores, rule_source
 
@@ -101,30 +108,32 @@ def _score(
     groups = read_candidates(section.input, format=section.format, split=section.split, max_groups=section.max_groups)
     _refuse_output_as_input(section)
     if isinstance(section.scorer, HumanScorer) and not section.scorer.annotations:
-        return _hand_out(section, section.scorer, groups, main=processes.is_main)
+        return _hand_out(section, section.scorer, groups, processes)
 
     with_responses = [group for group in groups if group.responses]
     size = section.unit_groups
     units = [with_responses[start : start + size] for start in range(0, len(with_responses), size)]
-    scorers = make_scorers(section.scorer, recipe, section.seed, groups)  # before anything is written or removed
-    output = Path(section.output)
-    shards = ShardedOutput(
-        output,
-        verb="score",
-        fingerprint=fingerprint_of(_fingerprint(recipe, groups), least_responses),
-        units=len(units),
-        processes=processes,
-        beside=_beside(section),
-    )
+    output, beside = Path(section.output), _beside(section)
     with exclusive(output, processes):
+        made_from = processes.on_main(lambda: _made_from(recipe, groups, least_responses))
+        fingerprint = fingerprint_of(made_from)
+        shards = ShardedOutput(
+            output, verb="score", fingerprint=fingerprint, units=len(units), processes=processes, beside=beside
+        )
+        is_done = not overwrite and processes.on_main(lambda: is_finished(output, shards.fingerprint, beside))
+        # Before anything is written or removed: what is missing or damaged costs nothing that was there.
+        scorers = {} if is_done else make_scorers(section.scorer, recipe, section.seed, groups)
+        if not overwrite:
+            processes.on_main(lambda: _refuse_changes(shards, made_from))
         if shards.open(overwrite=overwrite, console=console):
-            return _finished_before(shards, processes, console)
-        _score_units(shards, units, scorers, console if processes.is_main else Console(quiet=True), processes)
+            return _finished_before(shards, console if processes.is_main else None)
+        processes.on_main(lambda: replace_text(shards.parts / _MADE_FROM, json.dumps(made_from, indent=1) + "\n"))
+        _score_units(shards, units, scorers, console if processes.is_main else None, processes)
         return _merge(shards, section, groups, scorers, least_responses)
 
 
-def _finished_before(shards: ShardedOutput, processes: Processes, console: Console) -> ScoreOutcome:
-    if processes.is_main:
+def _finished_before(shards: ShardedOutput, console: Console | None) -> ScoreOutcome:
+    if console is not None:
         console.print(f"finished before: {shards.output}", highlight=False, soft_wrap=True)
     failures, report = shards.beside
     values = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
@@ -159,13 +168,13 @@ def _score_units(
     shards: ShardedOutput,
     units: Sequence[Sequence[RankedGroup]],
     scorers: Mapping[str, Scorer],
-    console: Console,
+    console: Console | None,
     processes: Processes,
 ) -> None:
     """Do this process's share of what is missing."""
     pending = shards.pending()
     share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
-    with group_progress(console, f"scoring{share}", sum(len(units[unit]) for unit in pending)) as advance:
+    with progress(console, f"scoring{share}", sum(len(units[unit]) for unit in pending)) as advance:
         for unit in pending:
             before = _counts(scorers)
             by_label = {label: scorer.score(units[unit]) for label, scorer in scorers.items()}
@@ -212,12 +221,15 @@ def _merge(
         contents[failures] = lines if failed else None
         contents[report_path] = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if not rows:
-            write_files(failures, contents, verb="score")
+            write_files(output, contents, verb="score")  # with the mark of the output, which will replace them
+            remedy = "Fix the cause and pass --overwrite."
+            if all(isinstance(scorer, (PeopleScores, SourceScores)) for scorer in scorers.values()):
+                remove(shards.parts)  # costs nothing to make again
+                remedy = "Fill the sheets, and run the same command again."
             reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items()) or "groups of one"
             wanted = "two scored responses" if least_responses == 2 else "a scored response"
             raise UserError(
-                f"{output}: not written, because no group has {wanted} ({reasons}). {failures} holds them "
-                "all. Fix the cause and pass --overwrite."
+                f"{output}: not written, because no group has {wanted} ({reasons}). {failures} holds them all. {remedy}"
             )
         return rows
 
@@ -226,33 +238,64 @@ def _merge(
 
 
 def _hand_out(
-    section: ScoringSection, scorer: HumanScorer, groups: Sequence[RankedGroup], *, main: bool
+    section: ScoringSection, scorer: HumanScorer, groups: Sequence[RankedGroup], processes: Processes
 ) -> ScoreOutcome:
-    """Write the sheet, unless the same one is there already."""
+    """Write the sheet, unless the same one is there already: it may hold answers, and is never replaced."""
     sheet, texts = Path(scorer.sheet), texts_of(groups)
-    if main and not is_handed_out(sheet, texts, section.seed):
-        write_sheet(sheet, texts, section.seed)
+
+    def write() -> None:
+        if not is_handed_out(sheet, texts, section.seed):
+            write_sheet(sheet, texts, section.seed)
+
+    processes.on_main(write)
     return ScoreOutcome(sheet=sheet)
 
 
-def _fingerprint(recipe: Recipe, groups: Sequence[RankedGroup]) -> str:
-    """Of everything the raw scores depend on; not of settings that only change the effort."""
+#: In the folder of unfinished parts: what these were made from, by name.
+_MADE_FROM = "made_from.json"
+
+
+def _made_from(recipe: Recipe, groups: Sequence[RankedGroup], least_responses: int) -> dict[str, str | None]:
+    """A digest of each thing that the scores depend on, by what a user calls it; no settings of mere effort."""
     assert recipe.scoring is not None
     section = recipe.scoring
-    parts = list(_parts(section.scorer).values())
-    sheets = [Path(file) for part in parts if isinstance(part, HumanScorer) for file in part.annotations]
-    settings = {
-        "seed": section.seed,
-        "unit_groups": section.unit_groups,
-        "scorer": _without_effort(section.scorer),
-        "model": None if recipe.model is None else recipe.model.model_dump(mode="json"),
-        "sheets": [hashlib.sha256(sheet.read_bytes()).hexdigest() for sheet in sheets if sheet.is_file()],
-        "rules": [rule_source(part.function) for part in parts if isinstance(part, RuleScorer)],
+    texts = ([group.prompt, group.responses, group.sources, group.columns["raw_scores"]] for group in groups)
+    settings = [_without_effort(section.scorer), section.seed, section.unit_groups, least_responses]
+    made_from: dict[str, str | None] = {
+        "the settings of the scorer": fingerprint_of(settings),
+        "scoring.input": fingerprint_of(*texts),
     }
-    digest = hashlib.sha256(json.dumps(settings).encode())  # unsorted: of patterns the first that matches counts
-    for group in groups:
-        digest.update(json.dumps([group.prompt, group.responses, group.sources, group.columns["raw_scores"]]).encode())
-    return digest.hexdigest()
+    for part in _parts(section.scorer).values():
+        if isinstance(part, RuleScorer):
+            made_from[f"the code of the rule {part.function}"] = rule_source(part.function)
+        elif isinstance(part, RewardModelScorer):
+            for name in filter(None, (part.model, part.base, part.tokenizer)):
+                revision = part.revision if name == part.model else None
+                made_from[f"the reward model's files in {name}"] = weights_fingerprint(name, revision)
+        elif isinstance(part, PolicyScorer):
+            model, adapter = policy_of(part, recipe)
+            made_from["the settings of the policy"] = fingerprint_of(model.model_dump(mode="json"), adapter)
+            made_from[f"the policy's weights in {model.name}"] = weights_fingerprint(model.name, model.revision)
+            if adapter is not None:
+                made_from[f"the adapter in {adapter}"] = weights_fingerprint(adapter)
+        elif isinstance(part, HumanScorer):
+            for sheet in part.annotations:
+                made_from[f"the ranks in {sheet}"] = weights_fingerprint(sheet)
+    return made_from
+
+
+def _refuse_changes(shards: ShardedOutput, made_from: Mapping[str, str | None]) -> None:
+    """Say what is not as it was when unfinished parts were made; the parts stay."""
+    try:
+        before = json.loads((shards.parts / _MADE_FROM).read_text(encoding="utf-8"))
+        changed = [name for name, digest in made_from.items() if name in before and before[name] != digest]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # `ShardedOutput.open` knows that something changed, if not what
+    if changed and any(part.stat().st_size for part in shards.parts.glob("part-*.jsonl")):
+        raise UserError(
+            f"{shards.parts}: holds the unfinished parts of other work, before a change of {', '.join(changed)}. Undo "
+            "the change to continue, or pass --overwrite to start again."
+        )
 
 
 def _without_effort(scorer: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import json
 import random
+import traceback
+from collections import Counter
 
 import pytest
 from judge_server import judge_server, labelled_in, response_in
@@ -32,7 +34,7 @@ def write_candidates(path, groups=12, k=4):
     return rows
 
 
-def run(tmp_path, url, **scorer):
+def run(tmp_path, url, *, overwrite=False, **scorer):
     settings = {"name": "judge", "base_url": url, "model": "judge", "first_wait": 0.01, "timeout": 5.0, **scorer}
     recipe = make_recipe(
         {
@@ -45,7 +47,7 @@ def run(tmp_path, url, **scorer):
         },
         needs=["scoring"],
     )
-    return score_recipe(recipe)
+    return score_recipe(recipe, overwrite=overwrite)
 
 
 def rows_of(path):
@@ -165,6 +167,81 @@ def test_lasting_faults_are_kept_with_their_reasons_and_become_no_score(tmp_path
     assert report.counts["bad reply: missing aspect"] == 2  # asked for twice
     assert json.loads((tmp_path / "scored.report.json").read_text())["failures"] == report.failures
     assert len(read_groups(str(outcome.output), format="ranked")) == 11
+
+
+def test_odd_answers_cost_their_own_response_and_say_why(tmp_path):
+    """Refusals with the server's words, answers without text, bodies that are no completion, usage without numbers."""
+    write_candidates(tmp_path / "candidates.jsonl")
+
+    def body(content, **more):
+        message = {"role": "assistant", "content": content}
+        choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+        return ("body", json.dumps({"id": "x", "object": "chat.completion", "choices": choices, **more}).encode())
+
+    odd = {
+        "answer 0.0": ("body", json.dumps({"choices": []}).encode()),
+        "answer 1.0": ("body", b"[1, 2]"),
+        "answer 2.0": ("body", b"null"),
+        "answer 3.0": body(None),
+        "answer 4.0": body(7),
+        "answer 5.0": ("status", 400),
+        "answer 6.0": ("status", 422),
+        "answer 7.0": ("body", b"\xff\xfe"),
+    }
+
+    def script(call):
+        response = response_in(call["messages"])
+        if response.startswith("answer 8."):
+            return body(honest(call["messages"]), usage={"prompt_tokens": "many", "completion_tokens": None})
+        if response.startswith("answer 9."):
+            return body(honest(call["messages"]), usage=[3])
+        return odd.get(response) or honest(call["messages"])
+
+    with judge_server(script) as (url, _):
+        outcome = run(tmp_path, url, max_retries=1)
+    failed = {row["prompt"]: row["left_out"]["0"] for row in rows_of(outcome.failures)}
+    assert sorted(failed) == [f"question {g}" for g in range(8)]
+    for group, expected in enumerate(
+        ["malformed body", "malformed body", "malformed body", "no text", "no text", "http 400: scripted 400",
+         "http 422: scripted 422", "malformed body"]
+    ):  # fmt: skip
+        assert expected in failed[f"question {group}"]
+    rows = rows_of(outcome.output)
+    assert [len(row["responses"]) for row in rows] == [3] * 8 + [4] * 4
+    assert outcome.report.failures == dict(Counter(failed.values()))
+
+
+def test_a_key_that_the_server_echoes_is_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret-0123456789")
+    write_candidates(tmp_path / "candidates.jsonl")
+    echo = ("status", 401, {"X": "sk-secret-0123456789"}, "Incorrect API key provided: sk-secret-0123456789.")
+    with judge_server(lambda call: echo) as (url, _), pytest.raises(UserError, match="http 401") as caught:
+        run(tmp_path, url, api_key_env="MY_KEY")
+    assert "sk-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_trying_harder_continues_what_was_finished(tmp_path):
+    """Retries, concurrency, time-outs and the address change no score and cost no finished work."""
+    write_candidates(tmp_path / "candidates.jsonl")
+    with judge_server(lambda call: honest(call["messages"])) as (url, first):
+        with pytest.raises(UserError, match="budget of 20 is spent"):
+            run(tmp_path, url, max_requests=20, max_retries=0)
+        asked = {response_in(call["messages"]) for call in first.calls[:16]}
+    with judge_server(lambda call: honest(call["messages"])) as (url, second):
+        outcome = run(tmp_path, url, max_retries=9, reply_attempts=5, concurrency=2, timeout=60.0, first_wait=0.02)
+    assert outcome.report.groups_kept == 12
+    assert len(second.calls) == 48 - 16
+    assert not asked & {response_in(call["messages"]) for call in second.calls}
+
+
+def test_after_a_run_without_a_score_the_next_one_may_replace_what_it_left(tmp_path):
+    write_candidates(tmp_path / "candidates.jsonl", groups=2)
+    with judge_server(lambda call: "no") as (url, _), pytest.raises(UserError, match="no group has two"):
+        run(tmp_path, url)
+    with judge_server(lambda call: honest(call["messages"])) as (url, _):
+        outcome = run(tmp_path, url, overwrite=True)
+    assert outcome.report.groups_kept == 2
+    assert not (tmp_path / "scored.failures.jsonl").exists()
 
 
 def test_ranking_is_shuffled_and_wrong_ranks_rank_nothing(tmp_path):

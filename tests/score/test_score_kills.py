@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from peft import LoraConfig, get_peft_model
 from reward_folders import llama_classifier
 from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from rrhf_peft.recipe import load_recipe
 from rrhf_peft.records import UserError
@@ -125,6 +131,113 @@ def test_other_settings_do_not_continue_what_was_begun(tmp_path):
     assert killed_in_a_fork(recipe, 0, parts=tmp_path / "out.jsonl.parts" / "part-0.jsonl")
     with pytest.raises(UserError, match="other work"):
         score_recipe(load_recipe(recipe, ["scoring.scorer.function=score_rules:cost"], needs=["scoring"]))
+
+
+RULE_FILE = """
+import sys
+from pathlib import Path
+
+def rule(prompt, responses):
+    if prompt == "question 9" and not Path("{go}").exists():
+        sys.exit(1)
+    return [{factor} * len(response) for response in responses]
+"""
+
+
+def stopped_rule(tmp_path, monkeypatch, factor=1):
+    """A rule in a file that stops at the tenth group until there is a file `go`; each call writes the file anew."""
+    (tmp_path / "changing_rule.py").write_text(RULE_FILE.format(go=tmp_path / "go", factor=factor))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "changing_rule", raising=False)
+    importlib.invalidate_caches()
+    return {"name": "rule", "function": "changing_rule:rule"}
+
+
+def test_changed_code_of_a_rule_does_not_continue_what_was_begun(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, "out", stopped_rule(tmp_path, monkeypatch), groups=12)
+    with pytest.raises(UserError, match="What was scored before is kept"):
+        score(recipe)
+    parts = tmp_path / "out.jsonl.parts" / "part-0.jsonl"
+    before = parts.read_bytes()
+    assert before.count(b"\n") == 2
+    (tmp_path / "go").touch()
+    stopped_rule(tmp_path, monkeypatch, factor=-100)
+    with pytest.raises(UserError, match=r"a change of the code of the rule changing_rule:rule\. Undo"):
+        score(recipe)
+    assert parts.read_bytes() == before
+    stopped_rule(tmp_path, monkeypatch)
+    score(recipe)
+    assert all(score > 0 for row in read(tmp_path / "out.jsonl") for score in row["scores"])
+    stopped_rule(tmp_path, monkeypatch, factor=-100)
+    with pytest.raises(UserError, match="already exists, and was made from other input or with other settings"):
+        score(recipe)
+
+
+def test_other_weights_under_the_same_name_do_not_continue_what_was_begun(tmp_path, tiny_model_folder, monkeypatch):
+    """A reward model, a policy and its adapter that were trained further between two runs."""
+    llama_classifier(tmp_path / "rm", tiny_model_folder)
+    shutil.copytree(tiny_model_folder, tmp_path / "base")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig()).save_pretrained(
+        tmp_path / "adapter"
+    )
+    policy = {"name": "policy", "model": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter")}
+    parts = {
+        "model": {"scorer": {"name": "reward_model", "model": str(tmp_path / "rm")}},
+        "policy": {"scorer": policy},
+        "rule": {"scorer": stopped_rule(tmp_path, monkeypatch)},
+    }
+    recipe = write_recipe(tmp_path, "out", {"name": "composite", "parts": parts}, groups=12)
+    with pytest.raises(UserError, match="What was scored before is kept"):
+        score(recipe)
+    (tmp_path / "go").touch()
+    for file, name in (
+        ("rm/model.safetensors", "the reward model's files in"),
+        ("base/model.safetensors", "the policy's weights in"),
+        ("adapter/adapter_model.safetensors", "the adapter in"),
+    ):
+        path = tmp_path / file
+        before, times = path.read_bytes(), path.stat()
+        tensors = load_file(path)
+        save_file({key: 2 * tensor + 1e-3 for key, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        assert len(path.read_bytes()) == len(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(UserError, match=rf"before a change of {name} {re.escape(str(path.parent))}\. Undo"):
+            score(recipe)
+        path.write_bytes(before)  # with another time, as a copy has it
+    score(recipe)
+    assert len(read(tmp_path / "out.jsonl")) == 12
+
+
+def test_the_same_command_again_is_done_and_another_scorer_is_refused(tmp_path):
+    recipe = write_recipe(tmp_path, "out", {"name": "rule", "function": "score_rules:small_letters"}, groups=6)
+    first = score(recipe)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    again = score(recipe)
+    assert (again.output, again.report) == (first.output, first.report)
+    with pytest.raises(UserError, match="was made from other input or with other settings"):
+        score_recipe(load_recipe(recipe, ["scoring.scorer.function=score_rules:cost"], needs=["scoring"]))
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == [
+        "candidates.jsonl", "out.json", "out.jsonl", "out.report.json"
+    ]  # fmt: skip
+
+
+def test_two_runs_on_one_output_are_kept_apart(tmp_path):
+    recipe = write_recipe(tmp_path, "out", {"name": "rule", "function": "score_rules:slow_length"}, groups=400)
+    process = launch(recipe, 1)
+    parts = tmp_path / "out.jsonl.parts" / "part-0.jsonl"
+    while not parts.exists() and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None
+    with pytest.raises(UserError, match=r"out\.jsonl: another run is working on it \(process"):
+        score_recipe(load_recipe(recipe, ["scoring.scorer.function=score_rules:cost"], needs=["scoring"]))
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert read(tmp_path / "out.jsonl")[0]["scores"] != []
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def launch(recipe, processes):

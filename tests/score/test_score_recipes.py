@@ -134,7 +134,7 @@ def test_a_rule_that_fails_is_told_with_its_group_and_costs_nothing_that_was_the
         )
         with pytest.raises(UserError, match=message):
             score_recipe(recipe, overwrite=True, console=Console(quiet=True))
-        assert function.endswith("messages") or (tmp_path / "out.jsonl").read_bytes() == before
+        assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_scores_that_are_no_numbers_any_more_are_refused(tmp_path):
@@ -206,10 +206,14 @@ def test_policy_scores_are_the_oracles(tmp_path, request, which, adapter):
     assert len(rows) == 2
     for row in rows:
         prompt = [tokenizer.bos_token_id, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
-        ids = [
-            [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            for text in row["responses"]
-        ]
+        ids = []
+        for text in row["responses"]:
+            # What a text continues its prompt's tokens with; alone where the two would merge into other tokens.
+            alone, whole = (
+                tokenizer(own, add_special_tokens=False)["input_ids"] for own in (text, row["prompt"] + text)
+            )
+            continues = [tokenizer.bos_token_id, *whole][: len(prompt)] == prompt
+            ids.append([*(whole[len(prompt) - 1 :] if continues else alone), tokenizer.eos_token_id])
         with torch.no_grad():
             sums = response_sums(oracle, [(prompt, ids)]).tolist()
         expected = [total / len(own) for total, own in zip(sums, ids, strict=True)]
@@ -320,6 +324,38 @@ def test_reward_texts_keep_special_tokens_and_lose_their_beginning(tiny_model_fo
 
 
 # ---- people ----
+
+
+def test_sheets_may_be_filled_in_several_attempts_and_are_never_replaced(tmp_path):
+    human = {"name": "human", "sheet": str(tmp_path / "sheet.csv")}
+    outcome, _ = score(tmp_path, human, CANDIDATES)
+    empty = outcome.sheet.read_text()
+    filled = tmp_path / "ann.csv"
+    files = {**human, "annotations": [str(filled)]}
+    for ranks, message in (
+        (["", "", "", "", ""], "no group has two scored responses .* Fill the sheets, and run the same command again"),
+        (["1", "zwei", "", "", ""], "the rank 'zwei' is no number"),
+    ):
+        filled.write_text("\n".join(line + rank for line, rank in zip(empty.splitlines(), ["", *ranks], strict=True)))
+        before = filled.read_bytes()
+        with pytest.raises(UserError, match=message):
+            score(tmp_path, files)
+    filled.write_text("\n".join(line + rank for line, rank in zip(empty.splitlines(), ["", *"12312"], strict=True)))
+    before = filled.read_bytes()
+    _, scored = score(tmp_path, files)
+    assert sorted(scored[0]["scores"]) == [0.0, 0.5, 1.0]
+    again, _ = score(tmp_path, human)  # the same sheet is there: nothing to do, nothing lost
+    assert again.sheet == outcome.sheet
+    for output in ("sheet.key.jsonl", "in.jsonl"):
+        section = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / output), "scorer": files}
+        kept = (tmp_path / output).read_bytes()
+        with pytest.raises(UserError, match="as well"):
+            score_recipe(
+                make_recipe({"scoring": section}, needs=["scoring"]), overwrite=True, console=Console(quiet=True)
+            )
+        assert (tmp_path / output).read_bytes() == kept
+    assert filled.read_bytes() == before
+    assert outcome.sheet.read_text() == empty
 
 
 def test_people_rank_a_blind_sheet_and_the_ranks_become_scores(tmp_path):
