@@ -1,12 +1,11 @@
 """Files -> RankedGroup -> token ids -> GroupBatch, and the report of what became of the data."""
 
 from rrhf_peft.data.collating import GroupCollator, source_names
-from rrhf_peft.data.example_view import render_example
 from rrhf_peft.data.formats import IMPORTERS
-from rrhf_peft.data.ranked_statistics import RankedStatistics, SourceReport, ranked_statistics
+from rrhf_peft.data.inspect import plot_scores, render_example
 from rrhf_peft.data.reading import ConversionReport, convert, hold_out, read_groups, write_ranked
 from rrhf_peft.data.report import DataReport, report_table
-from rrhf_peft.data.score_plots import plot_scores
+from rrhf_peft.data.statistics import RankedStatistics, SourceReport, ranked_statistics
 from rrhf_peft.data.templates import (
     TEMPLATES,
     chat_messages,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rrhf_peft.data.formats import IMPORTERS, check_format, importer_for, unranked
-from rrhf_peft.data.row_files import rows_of
+from rrhf_peft.data.row_files import data_path, rows_of
 from rrhf_peft.data.rows import UNRATED, Row
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import RankedGroup, UserError
@@ -64,8 +64,8 @@ def read_groups(
 
 
 def _groups_of(where: str, format: str, split: str, revision: str | None, needs: str) -> Iterator[RankedGroup]:
-    if needs == "prompt" and format == "auto":
-        texts = _lines(Path(where)) if where.endswith(".txt") else _strings(Path(where))
+    if needs == "prompt" and format == "auto" and (path := data_path(where)).is_file():
+        texts = _lines(path) if path.suffix == ".txt" else _strings(path)
         if texts is not None:
             for origin, text in texts:
                 yield RankedGroup(text, origin={"file": where, **origin})
@@ -109,7 +109,7 @@ def _fitting(rows: Iterable[Row], format: str) -> Iterator[Row]:
 def _lines(path: Path) -> Iterator[tuple[dict[str, int], str]]:
     """The lines of a text file that are not empty, each with its number."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
     except UnicodeDecodeError:
@@ -124,7 +124,7 @@ def _strings(path: Path) -> list[tuple[dict[str, int], str]] | None:
     if path.suffix != ".json":
         return None
     try:
-        values = json.loads(path.expanduser().read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None  # the reader of records says what is wrong with it
     if not isinstance(values, list) or not values or not isinstance(values[0], str):

@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rrhf_peft.data.rank_correlation import mean_rank_correlation
+from rrhf_peft.data.statistics import mean_rank_correlation
 from rrhf_peft.records import TokenizedGroup
 
 
@@ -67,7 +67,7 @@ class DataReport:
         tokens: Tokens per epoch with each prompt computed once for its k responses.
         tokens_plain: Tokens per epoch with the prompt repeated for each response.
         sharing_saves: Share of the plain tokens that sharing the prompt saves.
-        sources: Source -> {count, mean_score}, most frequent first.
+        sources: Source -> {count, mean_score}, most frequent first; a response that several wrote counts for each.
         settings: The arguments that the groups were tokenised with.
         fingerprint: SHA-256 over the resulting token ids, scores and sources, in order.
     """
@@ -124,6 +124,7 @@ def make_report(groups: Sequence[TokenizedGroup], counts: Mapping[str, Any], set
     """Describe the groups kept (at least one); `counts` holds what was counted on the way to them."""
     counts = {name: dict(value) if isinstance(value, Counter) else value for name, value in counts.items()}
     pairs_read, tied_read = counts.pop("pairs_read"), counts.pop("tied_pairs_read")
+    scores_by_source = counts.pop("scores_by_source")
     scores = np.array([score for group in groups for score in group.scores])
     prompts = [len(group.prompt_ids) for group in groups]
     responses = [len(ids) for group in groups for ids in group.response_ids]
@@ -152,7 +153,7 @@ def make_report(groups: Sequence[TokenizedGroup], counts: Mapping[str, Any], set
         tokens=tokens,
         tokens_plain=plain,
         sharing_saves=1 - tokens / plain,
-        sources=_by_source(groups),
+        sources=_by_source(scores_by_source),
         settings=settings,
         fingerprint=_fingerprint(groups),
     )
@@ -168,11 +169,7 @@ def _percentiles(lengths: list[int]) -> dict[str, int]:
     return dict(zip(("p10", "p50", "p90", "p99", "max"), map(int, values), strict=True))
 
 
-def _by_source(groups: Sequence[TokenizedGroup]) -> dict[str, dict[str, float]]:
-    scores: dict[str, list[float]] = {}
-    for group in groups:
-        for source, score in zip(group.sources, group.scores, strict=True):
-            scores.setdefault(source, []).append(score)
+def _by_source(scores: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     ordered = sorted(scores.items(), key=lambda item: (-len(item[1]), item[0]))
     return {source: {"count": len(own), "mean_score": float(np.mean(own))} for source, own in ordered}
 

@@ -21,6 +21,11 @@ from typing import Any
 from rrhf_peft.data.rows import Row
 from rrhf_peft.records import UserError
 
+#: Bytes of a line of JSON Lines; a record that is larger is none.
+_LONGEST_LINE = 2**28
+#: Text packs to a fifth or a tenth. More than so many times, beyond so many bytes, is a bomb and no text.
+_MOST_UNPACKED, _UNPACKED_FREELY = 200, 2**26
+
 #: Words in file and folder names that tell the split, as `datasets` has them.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -38,7 +43,7 @@ def rows_of(where: str, *, split: str, revision: str | None = None) -> Iterator[
     Raises:
         UserError: nothing is there, it cannot be read, it is empty, or it has no such split.
     """
-    path = Path(where).expanduser()
+    path = data_path(where)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except OSError as error:
@@ -49,9 +54,22 @@ def rows_of(where: str, *, split: str, revision: str | None = None) -> Iterator[
         return _rows_of_saved(path, split)
     if is_folder:
         return (row for file in files_of_split(path, split) for row in rows_of_file(file))
+    if path.exists():
+        raise UserError(f"{where}: is neither a file nor a folder (a pipe or a device). Name a file that holds data.")
     if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", where) and file_type(path) not in READERS:
         return rows_of_hub(where, split=split, revision=revision)
     raise UserError(f"{where}: there is no such file or folder{_did_you_mean(path)}. Check the path.")
+
+
+def data_path(where: str) -> Path:
+    """The path that a user wrote.
+
+    Raises:
+        UserError: it is empty, as an unset variable of the shell leaves it, and would mean the working folder.
+    """
+    if not where.strip():
+        raise UserError("a path of the data is empty. Name a file, a folder or a hub id; is a variable unset?")
+    return Path(where).expanduser()
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
@@ -239,8 +257,20 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line number from 1, and the line with its end. Split at line feeds only: JSON strings may hold U+2028."""
+    packed, total = path.stat().st_size, 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
+            total += len(line)
+            if len(line) > _LONGEST_LINE:
+                raise UserError(
+                    f"{path}:{number}: this line is longer than {_LONGEST_LINE // 2**20} MiB, so it is no record. "
+                    "Write one record on each line."
+                )
+            if total > _UNPACKED_FREELY and total > _MOST_UNPACKED * packed:
+                raise UserError(
+                    f"{path}: unpacks to more than {_MOST_UNPACKED} times its size, which no text does. Unpack it, "
+                    "look at it, and name the unpacked file if it is data."
+                )
             try:
                 # Windows tools begin a UTF-8 file with a byte order mark.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -254,15 +284,25 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _parse(text: str, path: Path, line: int | None = None) -> Any:
     """JSON text as a value; `line` is the text's line in the file, None where the text is the whole file."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        place = error.lineno if line is None else line
+        at = error.lineno if line is None else line
         raise UserError(
-            f"{path}:{place}: this is not valid JSON ({error.msg}, column {error.colno}). Fix or remove that line; "
+            f"{path}:{at}: this is not valid JSON ({error.msg}, column {error.colno}). Fix or remove that line; "
             "JSON Lines has one whole record on each line."
         ) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits; thousands of nested brackets
-        raise UserError(f"{path}:{line or 1}: this JSON cannot be read ({error}). Fix or remove it.") from None
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}:{line or 1}: this JSON cannot be read ({reason}). Fix or remove it.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.60} stands there twice, and only one of its values could count")
+    return values
 
 
 def _record(value: Any, where: str) -> dict[str, Any]:

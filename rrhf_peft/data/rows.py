@@ -174,9 +174,15 @@ class Row:
         return {"file": self.file, **({"line": self.line} if self.line is not None else {"row": self.index})}
 
     def rest(self, used: Iterable[str]) -> dict[str, Any]:
-        """The columns not in `used` that are filled."""
+        """The columns not in `used` that are filled; half a character becomes U+FFFD, so that it can be written."""
         used = set(used)
-        return {name: value for name, value in self.values.items() if name not in used and value is not None}
+        rest = {name: value for name, value in self.values.items() if name not in used and value is not None}
+        try:
+            return {_unicode(name): _unicode(value) for name, value in rest.items()}
+        except RecursionError:
+            raise self.problem(
+                f"its columns are nested too deeply to be kept. Remove them from that {self._unit}."
+            ) from None
 
     def group(
         self,
@@ -256,3 +262,12 @@ def _parsed(text: str, otherwise: Any = None) -> Any:
         return float(text)
     except ValueError:
         return otherwise
+
+
+def _unicode(value: Any) -> Any:
+    """The same value with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_unicode(name): _unicode(inner) for name, inner in value.items()}
+    return [_unicode(inner) for inner in value] if isinstance(value, list) else value

@@ -313,6 +313,7 @@ class Counts:
     lengths_unlike_sampled: int = 0
     seams_merged: int = 0
     lost_characters: Counter[str] = field(default_factory=Counter)
+    scores_by_source: dict[str, list[float]] = field(default_factory=dict)
 
     def read(self, group: RankedGroup) -> None:
         """Count a group as the file has it."""
@@ -468,6 +469,9 @@ def tokenize_groups(
             continue
         ids, sources = [response.ids for response in stay], [response.source for response in stay]
         kept.append(TokenizedGroup(prompt_ids, list(ids), scores, sources, index))
+        for unique in stay:
+            for source in dict.fromkeys(unique.sources):
+                counts.scores_by_source.setdefault(source, []).append(unique.score)
     if not kept:
         raise _no_data_left(counts)
     counts.lost_characters = _lost_characters(tokenizer, characters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -36,12 +37,12 @@ def test_plain_text_says_it_all(byte_tokenizer):
     assert "|h|i|</s>|" in text
     assert "score 2 (best)" in text
     assert "score -1" in text
-    assert "cut: no EOS" not in text
+    assert "cut: no end" not in text
     assert [line[2] for line in lines if line[:1] == ["response"]] == ["1", "1", "1"]
 
 
 def test_a_cut_response_is_marked(byte_tokenizer):
-    assert "cut: no EOS" in shown(byte_tokenizer, max_tokens=30)
+    assert "cut: no end" in shown(byte_tokenizer, max_tokens=30)
 
 
 def test_data_cannot_steer_the_terminal(byte_tokenizer):
@@ -74,3 +75,14 @@ def test_sentencepiece_words_keep_their_space(llama2_tokenizer):
     console.print(render_example(group, tokenized, llama2_tokenizer))
     assert "|<s>| Hello| there|" in console.file.getvalue()
     assert "| Fine| thanks|</s>|" in console.file.getvalue()
+
+
+def test_of_many_responses_the_best_and_the_worst_are_shown(byte_tokenizer):
+    group = RankedGroup("q", [f"answer {n}" for n in range(36)], [float(n % 12) for n in range(36)])
+    (tokenized,), _ = tokenize_groups([group], byte_tokenizer)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(render_example(group, tokenized, byte_tokenizer))
+    text = console.file.getvalue()
+    assert "36 responses to rank, 36 read; shown are the best 4 and the worst 4" in text
+    shown = [int(number) for number in re.findall(r"^response (\d+)", text, flags=re.M)]
+    assert shown == [1, 11, 12, 13, 24, 25, 26, 36]

@@ -182,3 +182,17 @@ def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'rrhf-peft\[plots\]'"):
         plot_scores(GROUPS, tmp_path / "scores.png")
+
+
+@pytest.mark.parametrize("name", ["scores.png", "scores.svg", "scores.pdf"])
+def test_a_picture_replaces_its_own_kind_and_no_other_file(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    groups = [RankedGroup("p", ["a", "bb"], [1.0, 0.0])]
+    path = tmp_path / name
+    plot_scores(groups, path)
+    plot_scores(groups, path)  # the same command again
+    path.write_bytes(b"a file of the user's")
+    with pytest.raises(UserError, match="is there already, and rrhf-peft did not draw it"):
+        plot_scores(groups, path)
+    assert path.read_bytes() == b"a file of the user's"
+    assert [file.name for file in tmp_path.iterdir()] == [name]

@@ -389,3 +389,72 @@ def test_hold_out_keeps_a_prompt_on_one_side():
 def test_hold_out_leaves_neither_part_empty(count, prompts, size):
     with pytest.raises(UserError, match="both parts need a group"):
         hold_out(numbered(count, prompts), size, seed=0)
+
+
+RANKED = {"prompt": "p", "responses": ["a", "b"], "scores": [1, 0]}
+
+
+@pytest.mark.parametrize("path", ["", "  "])
+@pytest.mark.parametrize("needs", ["scores", "prompt"])
+def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, jsonl, path, needs):
+    jsonl(RANKED)
+    monkeypatch.chdir(tmp_path)
+    for where in (path, [path], ["data.jsonl", path]):
+        with pytest.raises(UserError, match="a path of the data is empty"):
+            read_groups(where, needs=needs)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes")
+@pytest.mark.parametrize("name", ["pipe.jsonl", "pipe.txt", "pipe.json"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        read_groups(str(tmp_path / name), needs="prompt")
+
+
+def test_a_folder_leaves_pipes_alone(tmp_path, jsonl):
+    jsonl(RANKED)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.jsonl")
+    assert len(read_groups(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "p", "prompt": "q", "responses": ["a"], "scores": [1]}', "the key 'prompt' stands there twice"),
+        ('{"prompt": "p", "x": {"y": 1, "y": 1}, "responses": ["a"], "scores": [1]}', "the key 'y' stands there twice"),
+        (
+            '{"prompt": "p", "responses": ["a"], "scores": [1], "x": ' + "[" * 9999 + "]" * 9999 + "}",
+            "nested too deeply",
+        ),
+        ('{"prompt": "p", "responses": ["a"], "scores": [1], "x": ' + "[" * 600 + "]" * 600 + "}", "nested too deeply"),
+        ('{"prompt": "p", "responses": ["a"], "scores": [1e308]}', r"scores\[0\] is 1e\+308, beyond 1e\+30"),
+    ],
+    ids=["twice", "twice inside", "deep", "deep column", "large"],
+)
+def test_hostile_lines_are_one_sentence(jsonl, line, problem):
+    with pytest.raises(UserError, match=problem) as caught:
+        read_groups(jsonl(RANKED, line))
+    assert "data.jsonl:2: " in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_half_a_character_in_another_column_does_not_break_the_last_write(jsonl):
+    line = json.dumps({**RANKED, "note": ["x\ud83d", {"\udc00": "é😀"}]})
+    (group,) = read_groups(jsonl(line))
+    assert group.columns == {"note": ["x\ufffd", {"\ufffd": "é😀"}]}
+    json.dumps(group.columns, ensure_ascii=False).encode()
+
+
+def test_a_gzip_bomb_and_an_endless_line_are_refused(tmp_path, monkeypatch, jsonl):
+    from rrhf_peft.data import row_files
+
+    monkeypatch.setattr(row_files, "_UNPACKED_FREELY", 10_000)
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wt") as file:
+        file.write((json.dumps(RANKED) + "\n") * 200_000)
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: unpacks to more than 200 times its size"):
+        read_groups(tmp_path / "bomb.jsonl.gz")
+    monkeypatch.setattr(row_files, "_LONGEST_LINE", 1000)
+    with pytest.raises(UserError, match=r"data\.jsonl:2: this line is longer than"):
+        read_groups(jsonl(RANKED, {**RANKED, "prompt": "p" * 1000}))

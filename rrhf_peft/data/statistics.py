@@ -9,17 +9,16 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from rrhf_peft.data.rank_correlation import mean_rank_correlation
 from rrhf_peft.records import RankedGroup, UserError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 #: Two responses of a group are near-identical from this share of common words on.
 NEAR_IDENTICAL = 0.9
@@ -103,8 +102,6 @@ class RankedStatistics:
         return {**asdict(self), "k_histogram": {str(k): count for k, count in self.k_histogram.items()}}
 
     def __rich__(self) -> RenderableType:
-        from rrhf_peft.data.ranked_statistics_view import statistics_table
-
         return statistics_table(self)
 
 
@@ -223,3 +220,106 @@ def _near_identical_pairs(responses: Sequence[str]) -> int:
         for one, other in itertools.combinations(words, 2)
         if one and other
     )
+
+
+# ---- Rank correlation ----
+
+
+def mean_rank_correlation(groups: Iterable[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """Mean over groups of the rank correlation between their two lists; ties share their mean rank.
+
+    Groups in which either list has a single value do not count; None where no group counts.
+    """
+    coefficients = []
+    for scores, numbers in groups:
+        if len(set(scores)) > 1 and len(set(numbers)) > 1:
+            one, other = _centred_ranks(scores), _centred_ranks(numbers)
+            coefficients.append(one @ other / math.sqrt((one @ one) * (other @ other)))
+    return float(np.mean(coefficients)) if coefficients else None
+
+
+def _centred_ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks less their mean; equal values share the mean of their ranks."""
+    _, rank, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[rank] - (len(values) + 1) / 2
+
+
+# ---- As tables that read at 80 columns, with or without colour ----
+
+#: Sources shown; data sets with hundreds of them name the rest in one line.
+_SOURCES_SHOWN = 30
+
+
+def statistics_table(statistics: RankedStatistics) -> RenderableType:
+    """A table of facts, and one of sources."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(statistics):
+        facts.add_row(Text(name), Text(value))
+    legend = Text(
+        "max: mean of its best score in a group. best: share of its groups in which it has the best score, alone or "
+        "tied. wins: share of its untied pairs with other sources.",
+        style="dim",
+    )
+    return Group(Text("Ranked data", style="bold underline"), facts, Text(), _source_table(statistics), Text(), legend)
+
+
+def _facts(statistics: RankedStatistics) -> list[tuple[str, str]]:
+    s = statistics
+    sizes = ", ".join(f"{k} in {count:,}" for k, count in sorted(s.k_histogram.items(), reverse=True)[:8])
+    facts = [
+        ("groups", f"{s.groups:,}, with {s.responses:,} responses"),
+        ("k, responses", sizes + (" groups" if len(s.k_histogram) <= 8 else " groups ...")),
+        ("scores", f"mean {_number(s.score_mean)}, std {_number(s.score_std)}"),
+        ("", f"mean of each group's best {_number(s.score_mean_of_max)}"),
+        ("pairs", f"{s.pairs:,}, of which {s.tied_pairs:,} tied ({_share_of(s.tied_pairs, s.pairs)})"),
+        ("", f"{s.groups_without_order:,} groups have no two different scores"),
+        ("length bias", f"rank correlation of score and characters {_signed(s.length_correlation)}"),
+        ("", f"the longer response wins {_percent(s.longer_wins)} of the untied pairs"),
+        ("repetition", f"{s.duplicates:,} responses repeat another of their group"),
+        ("", f"{s.near_identical_pairs:,} pairs share {NEAR_IDENTICAL:.0%} of their words, in {_near(s)}"),
+    ]
+    if s.conflicting_duplicates:
+        facts.append(("", f"{s.conflicting_duplicates:,} equal texts have different scores in one group"))
+    if s.empty_responses:
+        facts.append(("empty", f"{s.empty_responses:,} responses are white space only"))
+    if s.repeated_prompts:
+        facts.append(("prompts", f"{s.repeated_prompts:,} groups repeat the prompt of an earlier one"))
+    return facts
+
+
+def _source_table(statistics: RankedStatistics) -> Table:
+    table = Table("source", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("responses", "mean", "std", "max", "best", "wins", "characters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    sources = list(statistics.sources.items())
+    for source, own in sources[:_SOURCES_SHOWN]:
+        numbers = map(_number, (own.mean, own.std, own.mean_of_max))
+        rates = (_percent(own.best_share), _percent(own.win_rate))
+        table.add_row(Text(source), f"{own.responses:,}", *numbers, *rates, f"{own.mean_characters:,.0f}")
+    if len(sources) > _SOURCES_SHOWN:
+        table.add_row(f"and {len(sources) - _SOURCES_SHOWN:,} more")
+    return table
+
+
+def _near(statistics: RankedStatistics) -> str:
+    count = statistics.groups_with_near_identical
+    return f"{count:,} group" + ("" if count == 1 else "s")
+
+
+def _share_of(part: int, whole: int) -> str:
+    return _percent(part / whole if whole else None)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
