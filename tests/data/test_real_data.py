@@ -30,7 +30,7 @@ def test_the_report_tells_the_truth(rows, kind, request):
     kept, report = tokenize_groups(groups, tokenizer, max_tokens=NO_LIMIT)
 
     def ids_of(text, prompt=""):
-        """The text behind its prompt; behind a line break or full stop, where the prompt's tokens would not stay what they are."""
+        """The text behind its prompt; behind a line break or full stop, where it would merge with that."""
         for before in (prompt, "\n", "."):
             start, whole = (tokenizer.encode(part, add_special_tokens=False) for part in (before, before + text))
             if whole[: len(start)] == start:
