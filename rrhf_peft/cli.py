@@ -396,13 +396,13 @@ def evaluate(
 
     [bold]Examples[/bold]
 
-      rrhf-peft evaluate recipes/compare/evaluate.yaml
-      rrhf-peft evaluate recipes/compare/evaluate.yaml evaluation.max_prompts=100
+      rrhf-peft evaluate recipes/paper/paper/table.yaml
+      rrhf-peft evaluate recipes/paper/paper/table.yaml evaluation.max_prompts=100
 
     On several GPUs, with the same options:
 
       accelerate launch --config_file recipes/accelerate/ddp.yaml
-          -m rrhf_peft.evaluate recipes/compare/evaluate.yaml
+          -m rrhf_peft.evaluate recipes/paper/paper/table.yaml
 
     The folder evaluation.output gets evaluation.json, table.md, plots and every
     response with its rewards. An evaluation that was killed continues when the
@@ -464,6 +464,46 @@ def rounds(
         return
     terminal().print(rows_table(outcome.rows))
     say(f"{'Finished before' if outcome.was_finished else 'Done'}: {outcome.output}")
+
+
+@app.command()
+@verb
+def compare(
+    recipe: RecipeFile,
+    overrides: Annotated[list[str] | None, _overrides("compare.only=[rrhf, dpo] or data.train=mine.jsonl")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train several objectives on the same data, and evaluate them all in one table.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft compare recipes/compare/compare.yaml
+      rrhf-peft compare recipes/compare/compare.yaml 'compare.only=[rrhf, dpo]'
+
+    On several GPUs, with the same options:
+
+      accelerate launch --config_file recipes/accelerate/ddp.yaml
+          -m rrhf_peft.compare recipes/compare/compare.yaml
+
+    Each objective has a run folder in compare.output, beside the folder
+    evaluation. A comparison that was killed continues when the same command
+    is given again; objectives that are trained are not trained again.
+    """
+    from accelerate import PartialState
+
+    from rrhf_peft.compare.run import compare_recipe
+    from rrhf_peft.recipe import load_recipe
+
+    needs = ["compare", "model", "data", "training", "evaluation"]
+    outcome = compare_recipe(load_recipe(recipe, overrides or [], needs=needs))
+    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
+    if process_index() != 0:
+        return
+    if as_json:
+        print_json(outcome.to_dict())
+        return
+    terminal().print(outcome)
+    say(f"Done: {outcome.folder}")
 
 
 @app.command()
@@ -595,7 +635,24 @@ def schema(
     if output is None:
         print_json(json_schema())
     else:
+        _refuse_anything_but_a_schema(output)
         replace_text(output, json.dumps(json_schema(), indent=2) + "\n")
+
+
+def _refuse_anything_but_a_schema(path: Path) -> None:
+    """Raise `UserError` where `path` is there and is not what `rrhf-peft schema` wrote before."""
+    from rrhf_peft.records import UserError
+
+    if not path.exists():
+        return
+    try:
+        now = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and path.stat().st_size < 10**7 else None
+    except (OSError, ValueError, RecursionError):
+        now = None
+    if not isinstance(now, dict) or now.get("title") != "Recipe" or "$schema" not in now:
+        raise UserError(
+            f"{path}: is there already, and is not a recipe's JSON schema. Name another file, or remove it."
+        )
 
 
 def main() -> None:

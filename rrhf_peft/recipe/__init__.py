@@ -1,5 +1,6 @@
 """The YAML recipe: schema, loading, dotted overrides, snapshot."""
 
+from rrhf_peft.recipe.compare import CompareSection
 from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.loading import json_schema, load_recipe, make_recipe, recipe_text
 from rrhf_peft.recipe.objectives import RRHFObjective, SFTObjective, takes_from_base
@@ -19,6 +20,7 @@ from rrhf_peft.recipe.scoring import ScoringSection
 __all__ = [
     "AdapterSection",
     "CandidatesSection",
+    "CompareSection",
     "DataSection",
     "EndpointSection",
     "EngineSection",

@@ -167,8 +167,8 @@ _SnapshotDumper.add_implicit_resolver(
 def json_schema() -> dict[str, Any]:
     """The recipe's JSON schema, for editors: `# yaml-language-server: $schema=recipe.schema.json`.
 
-    A recipe that extends another one, or whose paths `rounds` fills in, need not be complete; `null` in it removes
-    what it inherits.
+    A recipe that extends another one, or whose paths `rounds` or `compare` fill in, need not be complete; `null` in it
+    removes what it inherits.
     """
     schema = Recipe.model_json_schema()
     definitions = schema.pop("$defs")
@@ -184,7 +184,7 @@ def json_schema() -> dict[str, Any]:
         "title": schema["title"],
         "description": schema["description"],
         "$defs": {**definitions, **partial, "Recipe": whole, "PartialRecipe": parts},
-        "if": {"anyOf": [{"required": ["extends"]}, {"required": ["rounds"]}]},
+        "if": {"anyOf": [{"required": [section]} for section in ("extends", "rounds", "compare")]},
         "then": {"$ref": "#/$defs/PartialRecipe"},
         "else": {"$ref": "#/$defs/Recipe"},
     }

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from pydantic import Field, create_model, model_validator
 from transformers import TrainingArguments
 
+from rrhf_peft.recipe.compare import CompareSection, with_compare_paths
 from rrhf_peft.recipe.evaluation import EvaluationSection
 from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective, reference_contradictions
 from rrhf_peft.recipe.online import OnlineSection, online_contradictions
@@ -239,6 +240,7 @@ class Recipe(Section):
     online: OnlineSection | None = Field(None, description="Sample again from the policy while it is trained (OP-k).")
     evaluation: EvaluationSection | None = Field(None, description="What `rrhf-peft evaluate` reads.")
     rounds: RoundsSection | None = Field(None, description="What `rrhf-peft rounds` reads.")
+    compare: CompareSection | None = Field(None, description="What `rrhf-peft compare` reads.")
 
     @model_validator(mode="before")
     @classmethod
@@ -252,6 +254,11 @@ class Recipe(Section):
     @classmethod
     def _rounds_set_their_paths(cls, values: Any) -> Any:
         return with_round_paths(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compare_sets_its_paths(cls, values: Any) -> Any:
+        return with_compare_paths(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _refuse_impossible_combinations(self) -> Recipe:
@@ -280,6 +287,8 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
             yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
     if recipe.online is not None and recipe.rounds is not None:
         yield "online", "rounds train on what they have sampled and scored before; remove online or rounds"
+    if recipe.compare is not None and (recipe.rounds is not None or recipe.online is not None):
+        yield "compare", "trains once on ranked data; remove rounds and online"
     if recipe.online is not None:
         yield from online_contradictions(recipe.online, recipe.data, recipe.adapter, training)
     objective = recipe.objective

@@ -26,6 +26,7 @@ VERBS = [
     "train",
     "evaluate",
     "rounds",
+    "compare",
     "report",
     "merge",
     "schema",

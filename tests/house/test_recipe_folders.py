@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +20,7 @@ from house.recipe_checks import (
 )
 from reward_folders import value_head_state
 
+from rrhf_peft.compare.run import evaluation_recipe, objective_recipe
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.recipe import load_recipe, make_recipe
 from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES
@@ -213,38 +210,23 @@ def test_it_evaluates(name, tiny_model_folder, hh, reward_folder, tmp_path) -> N
 # The comparison.
 
 
+COMPARISON = ROOT / "recipes" / "compare" / "compare.yaml"
+
+
 def test_every_objective_is_compared_on_the_same_terms() -> None:
-    recipes = {path.stem: load_recipe(path, needs=[]) for path in COMPARE if path.stem != "evaluate"}
+    recipe = load_recipe(COMPARISON, needs=["compare"])
+    recipes = {name: objective_recipe(recipe, name) for name in recipe.compare.names}
     assert set(recipes) == OBJECTIVE_NAMES
-    for name, recipe in recipes.items():
-        assert recipe.objective.name == name
-        assert recipe.training.output_dir == f"runs/compare/{name}"
-        same = recipe.model_dump(mode="json", exclude={"objective": True, "training": {"output_dir"}})
+    for name, one in recipes.items():
+        assert one.objective.name == name
+        assert one.training.output_dir == f"runs/compare/{name}"
+        same = one.model_dump(mode="json", exclude={"objective": True, "training": {"output_dir"}})
         assert same == recipes["rrhf"].model_dump(mode="json", exclude={"objective": True, "training": {"output_dir"}})
-    policies = load_recipe(ROOT / "recipes" / "compare" / "evaluate.yaml", needs=[]).evaluation.policies
+    policies = evaluation_recipe(recipe).evaluation.policies
     assert {name: policy.adapter for name, policy in policies.items()} == {
         "base": None,
         **{name: f"runs/compare/{name}" for name in recipes},
     }
-    script = (ROOT / "recipes" / "compare" / "compare.sh").read_text(encoding="utf-8")
-    named = re.search(r"OBJECTIVES:-([^}]*)}", script)
-    assert named is not None
-    assert set(named[1].split()) == OBJECTIVE_NAMES
-
-
-def test_the_script_trains_and_compares(tiny_model_folder: Path, tmp_path: Path) -> None:
-    ranked = tmp_path / "ranked.jsonl"
-    groups = [{"prompt": f"{n}?", "responses": ["Good.", "Bad.", "Well."], "scores": [2, 0, 1]} for n in range(4)]
-    ranked.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    command = [str(ROOT / "recipes" / "compare" / "compare.sh"), f"model.name={tiny_model_folder}"]
-    command += [f"data.train={ranked}", "training.max_steps=1", "training.use_cpu=true"]
-    command += [f"evaluation.prompts={ranked}", f"evaluation.pairs={ranked}", "evaluation.decoding.max_new_tokens=4"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {**os.environ, "PATH": path, "RUNS": str(tmp_path / "runs"), "OBJECTIVES": "kto", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "runs" / "evaluation" / "evaluation.json").read_text())
-    assert list(figures["policies"]) == ["base", "kto"]
 
 
 # What is known of the paper's figures.

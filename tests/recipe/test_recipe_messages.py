@@ -33,7 +33,7 @@ def error_of(path: Path, *overrides: str) -> str:
         ("learning_rate=1e-4", ["did you mean 'training.learning_rate'?"]),
         ("training.variant=paper", ["did you mean 'objective.variant'?"]),
         ("objective.rank_weigth=2", ["did you mean 'rank_weight'?"]),
-        ("loops.k=4", ["loops (override): unknown key; known keys: adapter, data, engine"]),
+        ("loops.k=4", ["loops (override): unknown key; known keys: adapter, compare, data, engine"]),
         ("training.gradient_checkpointing=true", ["set engine.gradient_checkpointing instead"]),
         ("training.warmup_ratio=0.03", ["set training.warmup_steps to a share below 1"]),
         ("adapter.rank=8", ["set adapter.r instead"]),
