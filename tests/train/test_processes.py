@@ -122,6 +122,8 @@ def test_bfloat16_stays_inside_the_model(tiny_model_folder, ranked, tmp_path, co
         assert (process["layout"], process["rejected"]) == ("shared", [])
         assert 0 < process["difference"] < 4e-2  # 0 would be the comparison of two casts
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
-    assert two[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # The cache was computed in batches of another shape, which rounds otherwise; a cast of the sums would say 0.72.
+    nearly = {"adapter_off": 1e-6, "cached": 1e-4}[reference]
+    assert two[0]["loss"] == pytest.approx(math.log(2), abs=nearly)
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=2e-2)
     assert two[-1]["loss"] != two[0]["loss"]
