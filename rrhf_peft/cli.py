@@ -158,6 +158,8 @@ def sample(
     terminal().print(outcome.report.table())
     if outcome.halvings:
         say(f"Memory ran out {outcome.halvings} times and the batches were made smaller: lower batch_tokens.")
+    if outcome.failures is not None:
+        say(f"Prompts without a response, and why: {outcome.failures}")
     say(f"Done: {outcome.output}")
 
 

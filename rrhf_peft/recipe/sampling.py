@@ -111,7 +111,9 @@ class SamplingSection(Section):
         None, ge=2, description="Longer prompts lose their beginning. Unset: none do."
     )
     max_prompts: int | None = Field(None, ge=1, description="Read only the first this many prompts.")
-    seed: int = Field(0, ge=0, description="Of top_p. Each draw depends on it, the prompt's place and its own number.")
+    seed: int = Field(
+        0, ge=0, description="Of top_p. A draw depends on it, the entry's and the prompt's index and its own number."
+    )
     batch_tokens: int = Field(
         16384,
         ge=1,

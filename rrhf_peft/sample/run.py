@@ -94,7 +94,7 @@ def sample_recipe(
         prompts = _read_prompts(sampling)
         stages = make_stages(recipe)
         check_adapters(stages)
-        _refuse_several_vllm(stages, processes)
+        refuse_several_vllm(stages, processes)
         read = ("tools", "chat_template_kwargs")  # what a template reads beside the prompt
         texts = _digest([prompt.prompt, *map(prompt.columns.get, read)] for prompt in prompts)
         works = [
@@ -150,7 +150,8 @@ def _digest(values: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_several_vllm(stages: Sequence[Stage], processes: Processes) -> None:
+def refuse_several_vllm(stages: Sequence[Stage], processes: Processes) -> None:
+    """Raise `UserError` where each process of a launch would make a vLLM engine of its own."""
     if processes.count > 1 and any(stage.backend == "vllm" for stage in stages):
         raise UserError(
             "backend vllm runs inside one process: every process of a launch would take the same GPU. Start it without "

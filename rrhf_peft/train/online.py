@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
 from transformers.trainer_utils import SaveStrategy
 
-from rrhf_peft.data import Encoder, GroupCollator
+from rrhf_peft.data import Encoder, GroupCollator, stop_token_ids
 from rrhf_peft.data.tokenizing import Counts, why_dropped, without_duplicates
 from rrhf_peft.files import replace_text
 from rrhf_peft.objectives import NEEDS_PAIRS
@@ -173,7 +173,8 @@ class OnlineTrainer(RRHFTrainer):
         tokenizer: Any = self.processing_class
         keys = [f"{self.seed}/{self.state.global_step}/{item.index}" for item in prompts]
         ids = [item.prompt_ids for item in prompts]
-        candidates = respond(self.model, tokenizer, ids, keys, self.decoding, self.budget)
+        ends = stop_token_ids(tokenizer, self.args.template)
+        candidates = respond(self.model, tokenizer, ids, keys, self.decoding, self.budget, ends=ends)
         sampled = time.perf_counter()
         rewards = self.reward(
             [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from rich.console import Console
 from sample.sample_recipes import MIXED, read_rows, sample_recipe_of, sample_values, write_prompts
 from transformers import AutoTokenizer
 
-from rrhf_peft.data import read_groups
+from rrhf_peft.data import read_groups, tokenize_groups
+from rrhf_peft.jobs import Processes
 from rrhf_peft.modeling import attach_adapter, load_base_model
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
 from rrhf_peft.sample.policies import PolicyLoader, make_stages
-from rrhf_peft.sample.run import sample_recipe
+from rrhf_peft.sample.run import refuse_several_vllm, sample_recipe
 
 TRANSCRIPT = "\n\nHuman: q\n\nAssistant:"
 TOP_P = {"strategy": "top_p", "k": 2, "max_new_tokens": 8}
@@ -422,3 +424,95 @@ def test_siblings_that_are_the_users_stay(tiny_model_folder, tmp_path, sibling, 
         sample_recipe(sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", [TOP_P]), overwrite=overwrite)
     assert sibling in str(caught.value)
     assert mine.read_text() == "mine\n"
+
+
+def test_sampling_stops_where_the_chat_template_ends_a_turn(tiny_model_folder, tmp_path):
+    """Its end is another token than EOS; it is the last of the sampled ids and no part of the text."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model_folder), load_base_model(tiny_model_folder)
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    model.resize_token_embeddings(len(tokenizer))
+    with torch.no_grad():  # untrained, a model writes all tokens alike: now it ends a turn now and then
+        model.lm_head.weight.mul_(0)
+        hidden = model(torch.arange(3, 60)[None], output_hidden_states=True).hidden_states[-1][0].mean(0)
+        model.lm_head.weight[end] = 6 * hidden / hidden.square().sum()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "chat")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "hi"}]}) + "\n")
+    entry = {"strategy": "top_p", "k": 40, "max_new_tokens": 12}
+    recipe = sample_recipe_of(tmp_path / "chat", prompts, tmp_path / "o.jsonl", [entry], template="chat")
+    sample_recipe(recipe, keep_all=True)
+    (group,) = read_groups(str(tmp_path / "o.jsonl"), needs="responses")
+    ended = [ids for ids, reason in zip(group.token_ids, group.finish_reasons, strict=True) if reason == "eos"]
+    assert len([ids for ids in ended if ids[-1] == end]) > 5
+    assert not any(end in ids[:-1] for ids in group.token_ids)
+    assert not any("im_end" in text for text in group.responses)
+    assert "length" in group.finish_reasons
+    # What is trained on is what was sampled, with the end of turn where there was one.
+    (tokenized,), _ = tokenize_groups(
+        [replace(group, scores=[float(number) for number in range(40)])], tokenizer, template="chat"
+    )
+    trained = {tuple(ids) for ids in tokenized.response_ids}
+    assert trained == {tuple(ids) for ids, text in zip(group.token_ids, group.responses, strict=True) if text.strip()}
+
+
+def test_killed_before_the_stages_were_removed_then_run_with_another_seed(tiny_model_folder, tmp_path, monkeypatch):
+    """The output is whole and the stages are still there: another seed's run must not call the old rows its own."""
+    prompts = write_prompts(tmp_path / "prompts.json", 3)
+    output = tmp_path / "o.jsonl"
+    with monkeypatch.context() as killing:
+
+        def kill(path):
+            raise KeyboardInterrupt
+
+        killing.setattr("rrhf_peft.sample.run.remove", kill)
+        with pytest.raises(KeyboardInterrupt):
+            sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
+    written = output.read_bytes()
+    with pytest.raises(UserError, match="made from other input or with other settings"):
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P], seed=1))
+    assert output.read_bytes() == written
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
+    assert not (tmp_path / "o.jsonl.stages").exists()
+
+
+@pytest.mark.parametrize("damage", ["rows", "mark", "no JSON"])
+def test_damaged_intermediate_files_are_one_paragraph_or_done_again(tiny_model_folder, tmp_path, monkeypatch, damage):
+    prompts = write_prompts(tmp_path / "prompts.json", 3)
+    output, expected = tmp_path / "o.jsonl", tmp_path / "expected.jsonl"
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, expected, [TOP_P]))
+    with monkeypatch.context() as killing:
+
+        def kill(*arguments, **keywords):
+            raise KeyboardInterrupt
+
+        killing.setattr("rrhf_peft.sample.run.write_files", kill)
+        with pytest.raises(KeyboardInterrupt):
+            sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
+    (finished,) = (tmp_path / "o.jsonl.stages").glob("*.jsonl")
+    if damage == "rows":
+        finished.write_bytes(finished.read_bytes()[:-20])
+    elif damage == "no JSON":
+        finished.write_text("{{{\n")
+    else:
+        (mark,) = (tmp_path / "o.jsonl.stages").glob(".*.jsonl.rrhf-peft.json")
+        mark.write_text("[1, 2")
+    with pytest.raises(UserError) as caught:
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
+    assert str(finished) in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]), overwrite=True)
+    assert read_rows(output) == read_rows(expected)
+
+
+def test_vllm_in_several_processes_is_refused(tiny_model_folder, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.json", 2)
+    recipe = sample_recipe_of(tiny_model_folder, prompts, tmp_path / "o.jsonl", [{**TOP_P, "backend": "vllm"}])
+    with pytest.raises(UserError, match="data-parallel-size"):
+        refuse_several_vllm(make_stages(recipe), Processes(0, 2))
+    refuse_several_vllm(make_stages(recipe), Processes(0, 1))
