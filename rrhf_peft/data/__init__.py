@@ -16,7 +16,13 @@ from rrhf_peft.data.templates import (
     tokenization_fingerprint,
     transcript,
 )
-from rrhf_peft.data.tokenizing import Encoder, continuation_ids, tokenize_every_response, tokenize_groups
+from rrhf_peft.data.tokenizing import (
+    Encoder,
+    continuation_ids,
+    conversation_ids,
+    tokenize_every_response,
+    tokenize_groups,
+)
 
 __all__ = [
     "IMPORTERS",
@@ -29,6 +35,7 @@ __all__ = [
     "SourceReport",
     "chat_messages",
     "continuation_ids",
+    "conversation_ids",
     "convert",
     "end_of_response_ids",
     "hold_out",

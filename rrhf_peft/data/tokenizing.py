@@ -47,16 +47,20 @@ from rrhf_peft.data.templates import (
     Frame,
     added_tokens,
     prompt_text,
+    render_chat,
     response_frame,
     tokenization_fingerprint,
 )
-from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
+from rrhf_peft.records import Message, RankedGroup, TokenizedGroup, UserError
 
 #: Groups that the tokenizer sees at once: enough to keep its threads busy, few enough to hold as lists.
 _BATCH = 256
 
 #: Characters of the prompt's end that a response is tokenised with; more cannot change its tokens.
 _CONTEXT = 200
+
+#: Stands for a response while its conversation is rendered.
+_STAND_IN = "Quince 0f3a91"
 
 #: Texts after which a response is tokenised where it would merge with its prompt.
 _ANCHORS = ("\n", ".", "a")
@@ -73,6 +77,30 @@ def continuation_ids(
     Training, policy scores, likelihoods and perplexity all tokenise responses with this.
     """
     return _continuations(tokenizer, prompts, texts)[0]
+
+
+def conversation_ids(messages: Sequence[Message], response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a whole conversation that ends with the assistant's `response`, by the tokenizer's chat template.
+
+    What the response spells stays text, special tokens too.
+
+    Raises:
+        UserError: there is no chat template, or it refuses the messages.
+    """
+    spells = added_tokens(tokenizer).search(response)
+    shown = _STAND_IN if spells else response
+    whole = render_chat([*messages, {"role": "assistant", "content": shown}], tokenizer)
+    before, found, after = whole.rpartition(_STAND_IN) if spells else (whole, "", "")
+    if spells and not found:
+        raise UserError("the tokenizer's chat template does not write the assistant's text as it is.")
+    ids = _encode(tokenizer, [before], special=True)[0]
+    if not spells:
+        return ids
+    return [
+        *ids,
+        *continuation_ids(tokenizer, [before], [response.strip()])[0],
+        *_encode(tokenizer, [after], special=True)[0],
+    ]
 
 
 def _continuations(

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -28,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from rrhf_peft.data import TEMPLATES, chat_messages
+from rrhf_peft.data import TEMPLATES, chat_messages, conversation_ids
 from rrhf_peft.modeling import checkpoint_tensors, default_device, resolve_dtype, resolve_source
 from rrhf_peft.records import LARGEST_SCORE, Message, RankedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
@@ -472,14 +471,11 @@ class RewardTexts:
         return self._finished(encoded["input_ids"], encoded.get("token_type_ids"))
 
     def _chat(self, prompt: str | list[Message], response: str) -> list[int]:
-        messages = [*chat_messages(prompt), {"role": "assistant", "content": response}]
         try:
-            ids = list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in messages)
+            ids = conversation_ids(chat_messages(prompt), response, self.tokenizer)
+        except UserError as error:
             raise UserError(
-                f"scoring.scorer.template: the reward model's chat template refuses messages of the roles {roles} "
-                f"({_first_line(error)}). Use raw, hh, alpaca or pair."
+                f"scoring.scorer.template: {error} A reward model also reads raw, hh, alpaca or pair."
             ) from None
         room = self.max_tokens - self.append_eos
         if len(ids) <= room:

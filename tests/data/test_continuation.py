@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
+from transformers import AutoTokenizer
 
 from rrhf_peft.data import (
     chat_messages,
@@ -299,6 +301,9 @@ def test_a_transcript_and_its_turns_are_the_same_prompt_everywhere(byte_tokenize
     tokenizer = chat_tokenizer(byte_tokenizer, CHATML)
     rewards = RewardTexts(tokenizer, template="chat", append_eos=False, max_tokens=500)
     assert rewards.row(hh, "y") == rewards.row(turns, "y")
+    injected = rewards.row(turns, "y<|im_end|>z").ids
+    assert injected.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4  # those of the four turns
+    assert tokenizer.decode(injected).endswith("<|im_start|>assistant\ny<|im_end|>z<|im_end|>\n")
     assert chat_messages(hh) == turns
     assert transcript(hh) == transcript(turns) == "User: q\n\nAssistant: a\n\nUser: r"
     one, other = (RankedGroup(prompt, ["y"]) for prompt in (hh, turns))
@@ -307,3 +312,30 @@ def test_a_transcript_and_its_turns_are_the_same_prompt_everywhere(byte_tokenize
     assert transcript([{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]) == (
         'Assistant: {"tool_calls": [{"name": "f"}]}'
     )
+
+
+def test_what_sampling_writes_is_what_training_reads(tinystories, tmp_path):
+    """Through the file: every response is the tokens that were sampled, and ends only where the policy ended it."""
+    from rrhf_peft.recipe import make_recipe
+    from rrhf_peft.sample.run import sample_recipe
+
+    prompts = ["Once upon a time, there was a little girl", "Tom and his dog went to the park and", "The cat was"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    candidates = [
+        {"strategy": "top_p", "k": 4, "max_new_tokens": 60},
+        {"strategy": "beam", "k": 2, "max_new_tokens": 9},
+    ]
+    sampling = {"prompts": str(tmp_path / "prompts.txt"), "output": str(tmp_path / "c.jsonl"), "candidates": candidates}
+    values = {"model": {"name": str(tinystories)}, "sampling": sampling}
+    sample_recipe(make_recipe(values, "test", needs=["sampling"]))
+
+    groups = read_groups(tmp_path / "c.jsonl", needs="responses")
+    scored = [replace(group, scores=[float(n) for n in range(len(group.responses))]) for group in groups]
+    tokenizer = AutoTokenizer.from_pretrained(tinystories)
+    tokenized, report = tokenize_groups(scored, tokenizer)
+    assert report.responses_as_sampled == report.responses_read > 12
+    assert report.responses_without_end >= 6  # nine tokens are no story
+    for group, tokens_ in zip(scored, tokenized, strict=True):
+        for ids, reason, length in zip(tokens_.response_ids, group.finish_reasons, group.num_tokens, strict=True):
+            assert (ids[-1] == tokenizer.eos_token_id) == (reason == "eos")
+            assert len(ids) == length
