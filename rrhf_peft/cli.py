@@ -567,6 +567,10 @@ def merge(
     double_quant: Annotated[
         bool | None, typer.Option(help="With --quantization nf4 or fp4: whether the scales were quantised as well.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run model code that comes with the base model, having read it."),
+    ] = False,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, for example 500MB.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output at the very end.")] = False,
     verify: Annotated[
@@ -589,8 +593,7 @@ def merge(
       rrhf-peft merge runs/quickstart --output runs/quickstart-merged
       rrhf-peft merge runs/quickstart -o merged --base original --dtype bfloat16
     """
-    from rrhf_peft.merge.progress import merge_progress
-    from rrhf_peft.merge.report import render_report
+    from rrhf_peft.merge.report import merge_progress, render_report
     from rrhf_peft.merge.run import merge_adapter
 
     with merge_progress() as on_progress:
@@ -604,6 +607,7 @@ def merge(
             base_model=base_model,
             quantization=quantization,
             double_quant=double_quant,
+            trust_remote_code=trust_remote_code,
             verify=verify,
             tolerance=tolerance,
             on_progress=on_progress,

@@ -1,7 +1,13 @@
-"""The base model's weights, one tensor at a time, as training held them or as they are on disk."""
+"""The base model that an adapter was trained on, and its weights one tensor at a time.
+
+`find_training_base` says which checkpoint it is and how training held it; `BaseWeights` reads it, as training held it
+or as it is on disk.
+"""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +20,95 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
-from rrhf_peft.merge.training_base import TrainingBase
-from rrhf_peft.modeling import checkpoint_tensors, dequantized_weight, quantization_config, quantized_modules
+from rrhf_peft.modeling import (
+    AdapterFiles,
+    checkpoint_tensors,
+    dequantized_weight,
+    quantization_config,
+    quantized_modules,
+    resolve_dtype,
+    resolve_source,
+)
+from rrhf_peft.recipe import Recipe, load_recipe
+from rrhf_peft.records import UserError
+
+
+@dataclass(frozen=True)
+class TrainingBase:
+    """The base model of a training run.
+
+    Attributes:
+        name: Hub id or folder, as the run named it.
+        folder: Where its files are on this machine.
+        quantization: none, int8, nf4 or fp4.
+        double_quant: Whether the 4-bit blocks' scales were quantised too.
+        dtype: What the unquantised weights were held in.
+        trust_remote_code: Whether the model's own code may run.
+    """
+
+    name: str
+    folder: Path
+    quantization: str
+    double_quant: bool
+    dtype: torch.dtype
+    trust_remote_code: bool
+
+
+def find_training_base(
+    files: AdapterFiles,
+    *,
+    base_model: str | None = None,
+    quantization: str | None = None,
+    double_quant: bool | None = None,
+    trust_remote_code: bool = False,
+) -> TrainingBase:
+    """Read it from the run's recipe.yaml, from the adapter's configuration, and from the arguments.
+
+    A base model or quantisation given by the caller wins over what the files say. Whether the base's own code may run
+    is for the caller alone to say: an adapter folder comes from anywhere, its recipe.yaml too.
+
+    Raises:
+        UserError: the base model is unknown or not to be found, or nothing says how it was quantised.
+    """
+    recipe = _recipe_of_run(files.folder)
+    model = recipe.model if recipe else None
+    if quantization is None and model is None:
+        raise UserError(
+            f"{files.folder}: there is no recipe.yaml of a run here, so nothing says how training held the base "
+            "weights. Pass --quantization none, int8, nf4 or fp4."
+        )
+    name = base_model or files.config.base_model_name_or_path or (model.name if model else None)
+    if not name:
+        raise UserError(f"{files.folder}: neither adapter nor recipe names a base model. Pass --base-model.")
+    revision = None if base_model else files.config.revision or (model.revision if model else None)
+    try:
+        folder = Path(resolve_source(name, revision=revision, weights=["model*.safetensors"]))
+    except UserError as error:
+        hint = "" if base_model else f" {files.folder} names it as its base; pass --base-model if it is elsewhere now."
+        raise UserError(f"{error}{hint}") from None
+    return TrainingBase(
+        name=name,
+        folder=folder,
+        quantization=quantization or (model.quantization if model else "none"),
+        double_quant=double_quant if double_quant is not None else (model.double_quant if model else True),
+        dtype=resolve_dtype(model.dtype if model else "auto"),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def run_folders(adapter: Path) -> list[Path]:
+    """Where a run keeps what belongs to its adapter, nearest first: `checkpoint-N` lies in the run folder."""
+    folders = [adapter]
+    if re.fullmatch(r"checkpoint-\d+", adapter.resolve().name):
+        folders.append(adapter.resolve().parent)
+    return folders
+
+
+def _recipe_of_run(adapter: Path) -> Recipe | None:
+    for folder in run_folders(adapter):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(folder / "recipe.yaml")
+    return None
 
 
 class BaseWeights:

@@ -10,11 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.modeling import AdapterFiles, attach_adapter_files, compute_in_float32, load_base_model
+from rrhf_peft.modeling import (
+    AdapterFiles,
+    attach_adapter_files,
+    compute_in_float32,
+    dequantized_weight,
+    load_base_model,
+)
 
 #: Held prompts for when the caller has none: plain, a question, a dialogue, a list, code, another language.
 DEFAULT_PROMPTS = (
@@ -74,7 +81,11 @@ def adapter_logits(
     double_quant: bool,
     trust_remote_code: bool,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Logits [T, V] of the unmerged model for each prompt, float32: with the adapter, and without it."""
+    """Logits [T, V] of the unmerged model for each prompt, float32: with the adapter, and without it.
+
+    int8 layers multiply with the weights that they hold, unrounded: that they round their inputs too (LLM.int8) is no
+    weight's doing, no merge can repeat it, and it may be as large as all that the adapter changes.
+    """
     model = load_base_model(
         base,
         dtype=dtype,
@@ -84,6 +95,7 @@ def adapter_logits(
         trust_remote_code=trust_remote_code,
         device="cpu",
     )
+    _multiply_exactly(model)
     policy = attach_adapter_files(model, files)
     with_adapter = _logits(policy, prompts)
     with policy.disable_adapter():
@@ -96,6 +108,18 @@ def standalone_logits(folder: Path, prompts: Sequence[torch.Tensor], *, trust_re
         folder, dtype=torch.float32, attention="eager", trust_remote_code=trust_remote_code, device="cpu"
     )
     return _logits(model, prompts)
+
+
+def _multiply_exactly(model: nn.Module) -> None:
+    """Put linear layers with the multiplied-out weights in place of int8 ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            linear.weight = nn.Parameter(dequantized_weight(module), requires_grad=False)
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias.detach().float(), requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
 
 
 @torch.no_grad()

@@ -1,13 +1,25 @@
-"""What a merge did and how faithful it is, as a record and as a table."""
+"""What a merge does and how faithful it is: progress, record, table and model card."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from rrhf_peft import __version__
+from rrhf_peft.console import terminal
 from rrhf_peft.merge.fidelity import Fidelity
+
+#: Called with what is being done, bytes done, and bytes in all (0 when that is not known).
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -117,3 +129,100 @@ def fidelity_rows(report: MergeReport) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def model_card(report: MergeReport) -> str:
+    """Markdown with the hub's metadata block."""
+    name = Path(report.output).name
+    base_is_folder = Path(report.base_model).is_dir()
+    base = Path(report.base_model).name if base_is_folder else report.base_model
+    metadata: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if not base_is_folder:  # the hub refuses a base model that is a folder on someone's disk
+        metadata["base_model"] = report.base_model
+    metadata["tags"] = ["rrhf", "rrhf-peft", "merged-adapter"]
+    rows = "\n".join(f"| {title} | {value} |" for title, value in fidelity_rows(report))
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+
+# {name}
+
+Standalone weights: `{base}` with a LoRA adapter trained on ranked responses
+([RRHF](https://arxiv.org/abs/2304.05302)) merged in by rrhf-peft {__version__}. Loading it needs neither PEFT nor
+bitsandbytes.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+## How it was merged
+
+{_explain_base(report)}
+
+| | |
+| --- | --- |
+| weights written | {report.tensors} tensors, {size_text(report.total_bytes)}, {report.dtype} |
+| changed by the adapter | {report.changed_tensors} tensors, sum of Frobenius norms {report.delta_norm:.4g} |
+{rows}
+
+`merge_report.json` holds these numbers for programs.
+"""
+
+
+def _explain_base(report: MergeReport) -> str:
+    if report.training_quantization == "none":
+        return f"The adapter was trained on the unquantised base in {report.training_dtype} and added to those weights."
+    if report.base == "dequantized":
+        return (
+            f"The adapter was trained on the base in {report.training_quantization}. The base weights were quantised "
+            "the same way and multiplied out again before the adapter was added: these are the weights it was "
+            "trained with."
+            + (
+                " In training int8 layers rounded their inputs too, which is gone."
+                * (report.training_quantization == "int8")
+            )
+        )
+    return (
+        f"The adapter was trained on the base in {report.training_quantization} but added to the original, unquantised "
+        "weights. It never saw those, so the model computes something slightly different from what was trained."
+    )
+
+
+@contextlib.contextmanager
+def merge_progress(console: Console | None = None) -> Iterator[OnProgress]:
+    """Yield a callback for `merge_adapter(on_progress=...)` that shows how far it is."""
+    console = console or terminal(stderr=True)
+    if not console.is_terminal:
+        yield _plain_lines(console)
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as progress:
+        task = progress.add_task("merging", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            if total:
+                progress.update(task, description=stage, completed=done, total=total)
+            else:
+                progress.update(task, visible=False)
+                progress.console.print(stage, highlight=False)
+
+        yield show
+
+
+def _plain_lines(console: Console) -> OnProgress:
+    started = time.monotonic()
+    last: tuple[str, int] = ("", -1)
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        tenth = 10 * done // total if total else 0
+        if (stage, tenth) == last:
+            return
+        last = (stage, tenth)
+        share = f" {10 * tenth}% of {size_text(total)}" if total else ""
+        console.print(f"{stage}{share} ({time.monotonic() - started:.0f} s)", highlight=False)
+
+    return show

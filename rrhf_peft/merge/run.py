@@ -10,17 +10,18 @@ does. It appears whole or not at all.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_peft.files import staged_folder
-from rrhf_peft.merge.companions import copy_companions, write_config
+from rrhf_peft.merge.base_weights import TrainingBase, find_training_base, run_folders
 from rrhf_peft.merge.fidelity import (
     DEFAULT_PROMPTS,
     Fidelity,
@@ -29,20 +30,31 @@ from rrhf_peft.merge.fidelity import (
     held_prompts,
     standalone_logits,
 )
-from rrhf_peft.merge.merged_weights import DTYPES, MergedWeights, dtype_name
-from rrhf_peft.merge.model_card import model_card
-from rrhf_peft.merge.progress import OnProgress
-from rrhf_peft.merge.report import MergeReport
-from rrhf_peft.merge.shards import parse_size, plan_shards
-from rrhf_peft.merge.training_base import TrainingBase, find_training_base, run_folders
-from rrhf_peft.modeling import AdapterFiles, load_tokenizer, read_adapter
+from rrhf_peft.merge.report import MergeReport, OnProgress, model_card
+from rrhf_peft.merge.shards import DTYPES, MergedWeights, dtype_name, parse_size, plan_shards
+from rrhf_peft.modeling import AdapterFiles, load_tokenizer, read_adapter, refuse_unknown_tokens
 from rrhf_peft.records import UserError
 
 #: Largest difference of logits that rounding explains, as a share of the largest logit, by what was written.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-#: int8 layers round their inputs too (LLM.int8), which no merged weight can repeat.
-INT8_TOLERANCE = 0.1
+#: Largest mean KL that rounding may add, as a share of what the adapter itself changes: half of its effect on logits.
+SHARE_OF_EFFECT = 0.25
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def merge_adapter(
@@ -56,6 +68,7 @@ def merge_adapter(
     base_model: str | None = None,
     quantization: str | None = None,
     double_quant: bool | None = None,
+    trust_remote_code: bool = False,
     verify: bool = True,
     verify_prompts: Sequence[str] | None = None,
     tolerance: float | None = None,
@@ -78,6 +91,7 @@ def merge_adapter(
         base_model: Folder or hub id of the base, when it is not where the adapter says.
         quantization: How training held the base, where no recipe.yaml says so.
         double_quant: Likewise.
+        trust_remote_code: Run model code that comes with the base. No recipe.yaml can ask for it.
         verify: Compare logits before the output appears. False saves the memory of a whole model.
         verify_prompts: Prompts to compare on, instead of a few built-in ones.
         tolerance: Largest allowed difference of logits as a share of the largest logit.
@@ -95,7 +109,13 @@ def merge_adapter(
         raise UserError(f"--dtype: {dtype!r} is not one of auto, {', '.join(DTYPES)}.")
     limit = parse_size(shard_size)
     files = read_adapter(adapter)
-    trained = find_training_base(files, base_model=base_model, quantization=quantization, double_quant=double_quant)
+    trained = find_training_base(
+        files,
+        base_model=base_model,
+        quantization=quantization,
+        double_quant=double_quant,
+        trust_remote_code=trust_remote_code,
+    )
     original = base == "original" or trained.quantization == "none"
     reads = (files.folder, trained.folder)
     with staged_folder(output, verb="merge", reads=reads, overwrite=overwrite) as folder, warnings.catch_warnings():
@@ -103,12 +123,12 @@ def merge_adapter(
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         merge = MergedWeights(files, trained, as_trained=not original or trained.quantization == "none", dtype=dtype)
-        write_config(trained.folder, folder, dtype=merge.main_dtype, untie=merge.untied)
-        has_tokenizer = copy_companions(run_folders(files.folder), trained.folder, folder)
+        _write_config(trained.folder, folder, dtype=merge.main_dtype, untie=merge.untied)
+        has_tokenizer = _copy_companions(run_folders(files.folder), trained.folder, folder)
         tokenizer = _fitting_tokenizer(folder, files, trained, merge.vocab_size) if has_tokenizer else None
         shards = plan_shards(merge.plan, limit)
         merge.write(folder, shards, on_progress)
-        allowed = tolerance if tolerance is not None else _tolerance(merge.main_dtype, trained, original)
+        allowed = tolerance if tolerance is not None else TOLERANCES.get(merge.main_dtype, TOLERANCES[torch.float32])
         proof = _Proof(None, None, None)
         if verify:
             prompts = held_prompts(tokenizer, merge.vocab_size, verify_prompts or DEFAULT_PROMPTS)
@@ -145,13 +165,12 @@ def _fitting_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The output's tokenizer, which must not know tokens that the model has no embedding for."""
     tokenizer = load_tokenizer(folder, trust_remote_code=trained.trust_remote_code)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= vocab_size:
+    try:
+        refuse_unknown_tokens(tokenizer, vocab_size, str(files.folder))
+    except UserError as error:
         raise UserError(
-            f"{files.folder}: its tokenizer knows token ids up to {highest}, and {trained.name} has {vocab_size} "
-            "embeddings: the vocabulary was resized. Save the base with the vocabulary resized and pass that folder as "
-            "--base-model."
-        )
+            f"{error} If the vocabulary was resized for training, pass the resized base as --base-model."
+        ) from None
     return tokenizer
 
 
@@ -196,11 +215,6 @@ def _verify(
     return _Proof(compare(with_adapter, merged), compare(with_adapter, without), against_training)
 
 
-def _tolerance(dtype: torch.dtype, trained: TrainingBase, original: bool) -> float:
-    rounding = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    return max(rounding, INT8_TOLERANCE) if trained.quantization == "int8" and not original else rounding
-
-
 def _refuse_unfaithful(proof: _Proof, allowed: float, adapter: Path) -> None:
     found, without = proof.fidelity, proof.without_adapter
     assert found is not None
@@ -212,9 +226,61 @@ def _refuse_unfaithful(proof: _Proof, allowed: float, adapter: Path) -> None:
             f"allowed (mean KL {found.mean_kl:.3g} nats, same most likely token {found.top1_agreement:.1%}). Nothing "
             "was written. Check that base model and quantisation are those of training; or pass --tolerance."
         )
-    if found.mean_kl >= without.mean_kl:
+    if found.mean_kl >= SHARE_OF_EFFECT * without.mean_kl:
         raise UserError(
-            f"{adapter}: the merged model is no closer to the adapter model (mean KL {found.mean_kl:.3g} nats) than "
-            f"the base is without the adapter ({without.mean_kl:.3g}): rounding swallows what was trained. Nothing was "
+            f"{adapter}: the merged model differs from the adapter model by a mean KL of {found.mean_kl:.3g} nats, and "
+            f"the base without the adapter by {without.mean_kl:.3g}: rounding swallows what was trained. Nothing was "
             "written. Pass --dtype float32, or train for longer."
         )
+
+
+def _write_config(base: Path, target: Path, *, dtype: torch.dtype, untie: bool) -> None:
+    """Copy config.json with the new dtype, and untied where the tensors differ.
+
+    There is no quantisation to take out: a base checkpoint that is quantised on disk is refused.
+    """
+    config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "torch_dtype" in section or "dtype" in section or section is config:
+            section.pop("torch_dtype", None)
+            section["dtype"] = str(dtype).removeprefix("torch.")
+        if untie and (section is config or "tie_word_embeddings" in section):
+            section["tie_word_embeddings"] = False
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_companions(adapter: Sequence[Path], base: Path, target: Path) -> bool:
+    """Copy everything else that a model folder needs.
+
+    The tokenizer comes whole from the first folder that has one, the generation settings likewise: the
+    adapter's folders first, then the base. Python files come with models that bring their own code.
+
+    Returns:
+        Whether there was a tokenizer.
+    """
+    folders = [*adapter, base]
+    tokenizer = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+    tokenizer = tokenizer or next((folder for folder in folders if _has_tokenizer(folder)), None)
+    if tokenizer:
+        for name in _TOKENIZER_FILES:
+            _copy(tokenizer / name, target)
+        for path in tokenizer.glob("*.tiktoken"):
+            _copy(path, target)
+        if (tokenizer / "additional_chat_templates").is_dir():
+            shutil.copytree(tokenizer / "additional_chat_templates", target / "additional_chat_templates")
+    generation = next((folder for folder in folders if (folder / "generation_config.json").is_file()), None)
+    if generation:
+        _copy(generation / "generation_config.json", target)
+    if "auto_map" in json.loads((base / "config.json").read_text(encoding="utf-8")):
+        for path in base.glob("*.py"):
+            _copy(path, target)
+    return tokenizer is not None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()
+
+
+def _copy(path: Path, target: Path) -> None:
+    if path.is_file():
+        shutil.copyfile(path, target / path.name)

@@ -156,7 +156,7 @@ def attach_adapter(
             "that what is trained cannot be merged. Set model.quantization: nf4 or none, or use_dora: false."
         )
     policy = _with_layers(model, config, "adapter")
-    experts = next((name for name, module in policy.named_modules() if isinstance(module, ParamWrapper)), None)
+    experts = next((name for name, module in policy.named_modules() if _trains_experts(module)), None)
     if experts is not None:
         raise UserError(
             f"adapter: '{experts.removeprefix('base_model.model.')}' holds the experts of a mixture, whose adapters "
@@ -247,6 +247,12 @@ def _with_layers(model: PreTrainedModel, config: LoraConfig, where: str) -> Peft
     _refuse_unmatched(peft_model, config, where, linear)
     _hold_in_float32(peft_model, where)
     return peft_model
+
+
+def _trains_experts(module: nn.Module) -> bool:
+    """Whether a layer of the adapter changes the stacked weights [expert, ...] of a mixture."""
+    saved = module.modules_to_save.parameters() if isinstance(module, ModulesToSaveWrapper) else ()
+    return isinstance(module, ParamWrapper) or any(weight.ndim == 3 for weight in saved)
 
 
 def _beside_the_language_model(model: PreTrainedModel) -> list[str]:

@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig
 
+from rrhf_peft.merge.adapter_edits import AdapterEdits
 from rrhf_peft.merge.run import merge_adapter
 from rrhf_peft.records import UserError
 
@@ -183,14 +184,8 @@ def test_a_merge_with_the_wrong_quantisation_would_be_noticed(
     [
         (LlamaConfig(**SMALL), {"lora_bias": True}, "lora_bias trained a bias"),
         (LlamaConfig(**SMALL), {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        (MixtralConfig(**SMALL, num_local_experts=2), {}, "experts of a mixture"),
-        (
-            MixtralConfig(**SMALL, num_local_experts=2),
-            {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
-            "stored in another form",
-        ),
     ],
-    ids=["lora_bias", "layer_replication", "experts", "experts-saved"],
+    ids=["lora_bias", "layer_replication"],
 )
 def test_what_cannot_be_merged(
     tmp_path: Path,
@@ -202,6 +197,86 @@ def test_what_cannot_be_merged(
 ) -> None:
     run, _ = make_adapter(make_base(config), fields)
     _refused(run, tmp_path / "merged", message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "experts of a mixture"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, "stored in another form"),
+    ],
+)
+def test_experts_trained_elsewhere(
+    tmp_path: Path,
+    make_adapter: MakeAdapter,
+    make_base: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    message: str,
+) -> None:
+    base = make_base(MixtralConfig(**SMALL, num_local_experts=2))
+    with pytest.raises(UserError, match="experts of a mixture"):  # here they are refused before training
+        make_adapter(base, fields)
+    monkeypatch.setattr("rrhf_peft.modeling.adapter._trains_experts", lambda module: False)
+    run, _ = make_adapter(base, fields)
+    _refused(run, tmp_path / "merged", message)
+
+
+def test_code_that_comes_with_the_base_runs_only_when_the_caller_says_so(
+    tiny_model_folder: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    base = _copy_base(tiny_model_folder, tmp_path / "base")
+    run, _ = make_adapter(base)
+    planted = tmp_path / "planted"
+    (base / "modeling_planted.py").write_text(
+        f"from pathlib import Path\nPath({str(planted)!r}).write_text('ran')\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class PlantedConfig(LlamaConfig):\n    model_type = 'planted'\n"
+        "class PlantedModel(LlamaForCausalLM):\n    config_class = PlantedConfig\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    names = {"AutoConfig": "modeling_planted.PlantedConfig", "AutoModelForCausalLM": "modeling_planted.PlantedModel"}
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "planted", "auto_map": names}))
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("model: {", "model: {trust_remote_code: true, "))
+    assert "trust_remote_code: true" in (run / "recipe.yaml").read_text()
+    _refused(run, tmp_path / "merged", "--trust-remote-code")
+    assert not planted.exists()
+    merge_adapter(run, tmp_path / "merged", trust_remote_code=True)
+    assert planted.read_text() == "ran"
+    assert (tmp_path / "merged" / "modeling_planted.py").is_file()
+
+
+def test_a_recipe_beside_the_adapter_folder_says_nothing(
+    tiny_model_folder: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    run, _ = make_adapter(tiny_model_folder)
+    (run / "recipe.yaml").rename(tmp_path / "recipe.yaml")
+    _refused(run, tmp_path / "merged", "Pass --quantization")
+
+
+def test_int8_is_held_to_what_the_adapter_changes(
+    tiny_model_folder: Path, tmp_path: Path, make_adapter: MakeAdapter
+) -> None:
+    """An adapter whose whole effect on the logits is about as large as int8's rounding of its inputs."""
+    run, _ = make_adapter(tiny_model_folder, quantization="int8", scale=0.02)
+    report = merge_adapter(run, tmp_path / "merged", dtype="float32")
+    assert report.fidelity is not None
+    assert report.without_adapter is not None
+    assert report.without_adapter.relative_difference < 0.1  # the tolerance that such merges once had
+    assert report.fidelity.relative_difference < 1e-3 * report.without_adapter.relative_difference
+    other = load_file(run / "adapter_model.safetensors")
+    key = next(key for key in other if "lora_B" in key)
+    shutil.rmtree(tmp_path / "merged")
+    with pytest.MonkeyPatch.context() as patch:  # a merge that loses one layer
+        apply = AdapterEdits.apply
+        lost = key.removeprefix("base_model.model.").replace("lora_B.weight", "weight")
+        patch.setattr(
+            AdapterEdits,
+            "apply",
+            lambda self, name, base, *rest: base.float() if name == lost else apply(self, name, base, *rest),
+        )
+        _refused(run, tmp_path / "merged", "computes something else", dtype="float32")
 
 
 def test_an_existing_output_is_left_alone_unless_told(

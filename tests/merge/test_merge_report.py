@@ -14,9 +14,7 @@ import yaml
 from rich.console import Console
 
 from rrhf_peft.merge.fidelity import Fidelity, compare
-from rrhf_peft.merge.model_card import model_card
-from rrhf_peft.merge.progress import merge_progress
-from rrhf_peft.merge.report import MergeReport, render_report
+from rrhf_peft.merge.report import MergeReport, merge_progress, model_card, render_report
 
 REPORT = MergeReport(
     adapter="runs/a",
