@@ -314,10 +314,18 @@ def plan(
     processes: Annotated[
         int, typer.Option(min=1, help="Shard weights, gradients and optimizer over this many processes (FSDP).")
     ] = 1,
-    responses: Annotated[int, typer.Option(min=1, help="Responses per prompt: how long a group may be.")] = 8,
+    responses: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Responses per prompt, all as long as data.max_tokens allows. Unset: the longest groups of the data "
+            "where it is on this machine, else 8.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the peak memory of a recipe before it runs: arithmetic only, no weights, no GPU.
+    """Predict the peak memory of a recipe before it runs: the data's lengths and arithmetic, no weights, no GPU.
 
     [bold]Examples[/bold]
 

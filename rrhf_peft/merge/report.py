@@ -173,17 +173,14 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 
 def _explain_base(report: MergeReport) -> str:
+    is_int8 = report.training_quantization == "int8"
     if report.training_quantization == "none":
         return f"The adapter was trained on the unquantised base in {report.training_dtype} and added to those weights."
     if report.base == "dequantized":
         return (
             f"The adapter was trained on the base in {report.training_quantization}. The base weights were quantised "
             "the same way and multiplied out again before the adapter was added: these are the weights it was "
-            "trained with."
-            + (
-                " In training int8 layers rounded their inputs too, which is gone."
-                * (report.training_quantization == "int8")
-            )
+            "trained with." + (" In training, int8 layers rounded their inputs too." if is_int8 else "")
         )
     return (
         f"The adapter was trained on the base in {report.training_quantization} but added to the original, unquantised "

@@ -1,25 +1,36 @@
 """Recipe -> predicted peak memory, before anything is loaded or rented.
 
-Weights, adapter, gradients and optimizer are exact arithmetic on shapes. Activations are those of one
-full chunk, which is the most that the engine has in hand at once. What cannot be known is said.
+Weights, adapter, gradients and optimizer are exact arithmetic on shapes. Activations are those of the
+largest chunk of the data's longest groups, which is the most that the engine has in hand at once. What
+cannot be known is said.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from rrhf_peft.data import read_groups, tokenize_groups
 from rrhf_peft.logprobs.engine import causal_lm_of, default_chunk_tokens
-from rrhf_peft.modeling import prepare_for_training, resolve_source, uses_checkpointing
+from rrhf_peft.logprobs.layout import plan_chunks
+from rrhf_peft.modeling import (
+    prepare_for_training,
+    refuse_beyond_context,
+    resolve_source,
+    tokenizer_of,
+    uses_checkpointing,
+)
 from rrhf_peft.modeling.base_model import DTYPES, load_config
 from rrhf_peft.plan.activations import head_bytes, pass_bytes
 from rrhf_peft.plan.optimizer import is_paged, optimizer_bytes, step_bytes
 from rrhf_peft.plan.weights import Weights, shaped_weights
 from rrhf_peft.recipe import Recipe
+from rrhf_peft.recipe.scoring import JudgeScorer, RuleScorer
 
 #: Responses per prompt that a plan allows for unless told otherwise.
 USUAL_RESPONSES = 8
@@ -54,6 +65,8 @@ class MemoryPlan:
         parameters: of the base model.
         trainable: trained values.
         chunk_tokens: tokens of the chunk whose activations are counted.
+        responses: responses of the longest group, or those that were assumed.
+        from_data: whether the data was read for the longest groups; else `data.max_tokens` stands for them.
         gradient_checkpointing: whether layers are recomputed in the backward pass.
         unknown: what the prediction leaves out.
     """
@@ -67,6 +80,8 @@ class MemoryPlan:
     parameters: int
     trainable: int
     chunk_tokens: int
+    responses: int
+    from_data: bool
     gradient_checkpointing: bool
     unknown: list[str]
 
@@ -81,7 +96,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    recipe: Recipe, *, device: str = "cuda", processes: int = 1, responses: int = USUAL_RESPONSES
+    recipe: Recipe, *, device: str = "cuda", processes: int = 1, responses: int | None = None
 ) -> MemoryPlan:
     """Predict the peak memory per process of training a recipe.
 
@@ -89,20 +104,24 @@ def plan_memory(
         recipe: checked recipe.
         device: cuda (a GPU that computes in bfloat16) or cpu; it need not be here.
         processes: FSDP over this many: weights, gradients and optimizer state are divided by it.
-        responses: k, which bounds how long a group and how large a micro-batch may be.
+        responses: k, with every response at its longest. None: what the data holds where it is on this machine,
+            else the recipe's own k or `USUAL_RESPONSES`.
 
     Raises:
-        UserError: the model's configuration or the adapter cannot be read.
+        UserError: the model's configuration, the adapter or the data cannot be read, or training would refuse them.
     """
     section = recipe.model
     on_cpu = device == "cpu"
     dtype = DTYPES["float32" if on_cpu else "bfloat16"] if section.dtype == "auto" else DTYPES[section.dtype]
+    config = load_config(
+        resolve_source(section.name, revision=section.revision), trust_remote_code=section.trust_remote_code
+    )
+    refuse_beyond_context(config, recipe.data.max_tokens, "data.max_tokens", section.name)
+    batch = longest_groups(recipe) if responses is None else None
+    all_weights = recipe.adapter is None and section.init_adapter is None
+    dtype = torch.float32 if all_weights else dtype  # what is trained has float32 weights
     weights = shaped_weights(
-        load_config(
-            resolve_source(section.name, revision=section.revision),
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        ),
+        config,
         dtype=dtype,
         quantization=section.quantization,
         double_quant=section.double_quant,
@@ -118,7 +137,12 @@ def plan_memory(
     chunk_tokens = recipe.engine.chunk_tokens
     if chunk_tokens == "auto":
         chunk_tokens = default_chunk_tokens(causal_lm_of(model))
-    rows, width = _chunk(recipe, chunk_tokens, responses)
+    if batch is not None:
+        responses = max(len(lengths) for _, lengths in batch)
+        rows, width = _largest_chunk(recipe, chunk_tokens, batch)
+    else:
+        responses = responses or _usual_responses(recipe)
+        rows, width = _chunk(recipe, chunk_tokens, responses)
 
     optimizer = _optimizer(recipe)
     state = optimizer_bytes(optimizer, weights.trainable) or 0
@@ -135,6 +159,10 @@ def plan_memory(
         *_activations(model, weights, recipe, rows, width, on_cpu),
         *_copies(weights, dtype, compute, checkpointing, processes),
     ]
+    if recipe.online is not None:
+        cache = _decoding_cache(causal_lm_of(model), recipe.online.batch_tokens)
+        if cache.bytes > sum(item.bytes for item in passing):  # the policy answers, or is trained
+            passing = [cache]
     update = Item("optimizer step", step_bytes(optimizer, weights.trainable) // processes, f"{optimizer}, all at once")
     if update.bytes > sum(item.bytes for item in passing):  # the two do not come together
         passing = [update]
@@ -149,8 +177,10 @@ def plan_memory(
         parameters=weights.parameters,
         trainable=sum(values for values, _, _ in weights.trainable),
         chunk_tokens=rows * width,
+        responses=responses,
+        from_data=batch is not None,
         gradient_checkpointing=checkpointing,
-        unknown=_unknown(recipe, optimizer, on_cpu, responses),
+        unknown=_unknown(recipe, optimizer, on_cpu, responses, batch is not None),
     )
 
 
@@ -170,12 +200,68 @@ def _optimizer(recipe: Recipe) -> str:
     return str(getattr(name, "value", name))
 
 
+def longest_groups(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
+    """Prompt length and response lengths, in tokens, of the micro-batch that has most; None where no data is here.
+
+    Only the groups with most characters are tokenised.
+    """
+    data = recipe.data
+    paths = [data.train] if isinstance(data.train, str) else data.train
+    if recipe.online is not None or not all(Path(path).expanduser().exists() for path in paths):
+        return None
+    groups = read_groups(data.train, format=data.format, split=data.split, max_groups=data.max_groups)
+    groups.sort(key=lambda group: len(str(group.prompt)) + sum(map(len, group.responses)), reverse=True)
+    tokenized, _ = tokenize_groups(
+        groups[: max(64, 4 * _batch_size(recipe))],
+        tokenizer_of(recipe.model),
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_tokens=data.max_tokens,
+        overlong_prompt=data.overlong_prompt,
+        needs_pairs=False,
+    )
+    lengths = [(len(group.prompt_ids), [len(ids) for ids in group.response_ids]) for group in tokenized]
+    lengths.sort(key=lambda group: group[0] + sum(group[1]), reverse=True)
+    return lengths[: _batch_size(recipe)]
+
+
+def _batch_size(recipe: Recipe) -> int:
+    """Groups of a micro-batch."""
+    return recipe.training.per_device_train_batch_size or TrainingArguments.per_device_train_batch_size  # type: ignore[attr-defined]
+
+
+def _largest_chunk(recipe: Recipe, chunk_tokens: int, batch: list[tuple[int, list[int]]]) -> tuple[int, int]:
+    """Rows and width of the chunk that takes most room, when the engine lays out these groups."""
+    chunks = plan_chunks(
+        [prompt for prompt, _ in batch],
+        [length for _, lengths in batch for length in lengths],
+        [index for index, (_, lengths) in enumerate(batch) for _ in lengths],
+        layout="plain" if recipe.engine.layout == "plain" else "shared",
+        chunk_tokens=chunk_tokens,
+    )
+    # Masks grow with the square of the width.
+    rows, width = max((tuple(chunk.token.shape) for chunk in chunks), key=lambda shape: (shape[0] * shape[1], shape[1]))
+    return rows, width
+
+
+def _usual_responses(recipe: Recipe) -> int:
+    return USUAL_RESPONSES if recipe.online is None else recipe.online.decoding.k
+
+
+def _decoding_cache(model: Any, batch_tokens: int) -> Item:
+    """Keys and values of all layers for as many tokens as online training decodes at once."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = 2 * batch_tokens * config.num_hidden_layers * heads * size
+    return Item("decoding cache", values * model.dtype.itemsize, f"keys and values of {batch_tokens:,} tokens, online")
+
+
 def _chunk(recipe: Recipe, chunk_tokens: int, responses: int) -> tuple[int, int]:
     """Rows and width of the fullest chunk: a row per group of the longest responses, or per response."""
     plain = recipe.engine.layout == "plain"
     longest = recipe.data.max_tokens * (1 if plain else responses)
-    groups = recipe.training.per_device_train_batch_size or TrainingArguments.per_device_train_batch_size  # type: ignore[attr-defined]
-    tokens = min(chunk_tokens, groups * responses * recipe.data.max_tokens)
+    tokens = min(chunk_tokens, _batch_size(recipe) * responses * recipe.data.max_tokens)
     rows = max(1, round(tokens / longest))
     return rows, tokens // rows
 
@@ -218,13 +304,16 @@ def _copies(
     return [Item("cast weights", kept * compute.itemsize, f"autocast's {str(compute).removeprefix('torch.')} copies")]
 
 
-def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int) -> list[str]:
+def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int, from_data: bool) -> list[str]:
     notes = []
     if not on_cpu:
         notes.append("the CUDA context, libraries' workspaces and fragmentation: commonly 1 to 2 GiB more")
     else:
         notes.append("what the C library's allocator holds back: often more than the activations themselves")
-    notes.append(f"groups of more than {responses} responses: say how many with --responses")
+    if not from_data:
+        notes.append(f"groups of more than {responses} responses: say how many with --responses")
+    if recipe.online is not None and not isinstance(recipe.online.scorer, (RuleScorer, JudgeScorer)):
+        notes.append("the model that scores online, beside the one that is trained")
     if recipe.model.quantization == "int8":
         notes.append("int8's float16 copies of activations")
     if optimizer_bytes(optimizer, []) is None:

@@ -25,6 +25,10 @@ def plan_table(plan: MemoryPlan) -> RenderableType:
     parts: list[RenderableType] = [
         Text(f"Memory plan for {plan.model} on {where}", style="bold underline"),
         Text(f"{plan.parameters:,} parameters, {plan.trainable:,} values trained"),
+        Text(
+            f"{plan.responses} responses per prompt, "
+            + ("as the longest group of the data" if plan.from_data else "assumed: all as long as data.max_tokens")
+        ),
         table,
     ]
     if plan.host_bytes:

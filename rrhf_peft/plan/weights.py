@@ -68,6 +68,8 @@ def shaped_weights(
     """
     quantized = _quantized_names(config, quantization, double_quant, trust_remote_code)
     model = _on_meta(config, dtype, attention, trust_remote_code)
+    if adapter is None and init_adapter is None:
+        model = attach_adapter(model, None)  # what is trained is float32, and counted so
     stored: dict[str, int] = {}
     largest = 0
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_paged_optimizers_count_on_the_host_and_unknown_ones_are_said(shallow: P
 def test_the_unfused_optimizer_needs_room_of_its_own(shallow: Path) -> None:
     settings = {"output_dir": "o", "optim": "adamw_torch"}
     plan = plan_memory(recipe(shallow, adapter=None, training=settings, engine={"chunk_tokens": 256}))
-    assert item(plan, "optimizer step") == 2 * plan.parameters
+    assert item(plan, "optimizer step") == 4 * plan.parameters
     assert item(plan, "activations") == 0  # they are gone by then
 
 
@@ -136,3 +137,50 @@ def test_the_table_reads_at_80_columns(shallow: Path) -> None:
 def test_a_model_that_is_not_there_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such model folder"):
         plan_memory(recipe(tmp_path / "nowhere"))
+
+
+def test_lengths_and_k_are_the_datas(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """A byte is a token here, and every sequence has a beginning and its responses an end."""
+    lines = [{"prompt": "p" * 10, "responses": ["r" * 20] * 2 + ["s" * 5], "scores": [1.0, 0.5, 0.0]}] * 50
+    lines.append({"prompt": "p" * 31, "responses": [letter * 63 for letter in "abcde"], "scores": [1, 2, 3, 4, 5]})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings: dict[str, Any] = {
+        "data": {"train": str(data), "max_tokens": 500},
+        "training": {"output_dir": "o", "per_device_train_batch_size": 1},
+    }
+    plan = plan_memory(recipe(tiny_model_folder, **settings))
+    assert (plan.responses, plan.from_data, plan.chunk_tokens) == (5, True, 32 + 5 * 64)
+    assumed = plan_memory(recipe(tiny_model_folder, **settings), responses=5)
+    assert (assumed.responses, assumed.from_data, assumed.chunk_tokens) == (5, False, 5 * 500)
+    assert plan.peak_bytes < assumed.peak_bytes
+    plain = plan_memory(recipe(tiny_model_folder, **settings, engine={"layout": "plain"}))
+    assert plain.chunk_tokens == 5 * (32 + 64)
+    elsewhere = {**settings, "data": {"train": str(tmp_path / "nowhere.jsonl"), "max_tokens": 500}}
+    assert plan_memory(recipe(tiny_model_folder, **elsewhere)).responses == 8
+
+
+def test_what_training_would_refuse_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.max_tokens: 513 is more than .* can read \(512 tokens\)"):
+        plan_memory(recipe(tiny_model_folder, data={"train": "x", "max_tokens": 513}))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "p", "responses": 5}\n')
+    with pytest.raises(UserError, match=r"data\.jsonl"):
+        plan_memory(recipe(tiny_model_folder, data={"train": str(tmp_path / "data.jsonl"), "max_tokens": 64}))
+
+
+def test_all_weights_are_planned_in_float32(shallow: Path) -> None:
+    plan = plan_memory(recipe(shallow, adapter=None, model={"dtype": "bfloat16"}))
+    assert item(plan, "base weights") == pytest.approx(4 * plan.parameters, rel=1e-3)
+    assert item(plan, "gradients") == 4 * plan.parameters
+
+
+def test_the_decoding_cache_of_online_training_counts_where_it_is_larger(llama_7b: Path) -> None:
+    online = {"every": 10, "decoding": {"strategy": "top_p", "k": 4, "max_new_tokens": 64}}
+    online["scorer"] = {"name": "rule", "function": "rrhf_peft.score:vader"}
+    settings: dict[str, Any] = {"engine": {"chunk_tokens": 256}, "data": {"train": "x", "max_tokens": 512}}
+    plan = plan_memory(recipe(llama_7b, online={**online, "batch_tokens": 100_000}, **settings))
+    assert item(plan, "decoding cache") == 2 * 100_000 * 32 * 4096 * 2
+    assert plan.responses == 4
+    small = plan_memory(recipe(llama_7b, online={**online, "batch_tokens": 1000}, **settings))
+    assert item(small, "decoding cache") == 0
+    assert item(small, "activations") > 0
