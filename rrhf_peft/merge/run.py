@@ -118,7 +118,10 @@ def merge_adapter(
     )
     original = base == "original" or trained.quantization == "none"
     reads = (files.folder, trained.folder)
-    with staged_folder(output, verb="merge", reads=reads, overwrite=overwrite) as folder, warnings.catch_warnings():
+    with (
+        staged_folder(output, verb="merge", key="--output", reads=reads, overwrite=overwrite) as folder,
+        warnings.catch_warnings(),
+    ):
         # PEFT warns of what merging may go wrong with: here it is handled, or refused, or shows in the comparison.
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

@@ -290,7 +290,7 @@ def test_an_existing_output_is_left_alone_unless_told(
     for overwrite, said in ((False, "already exists"), (True, "has no mark of rrhf-peft")):
         with pytest.raises(UserError, match=said):
             merge_adapter(run, output, overwrite=overwrite)
-    for target in (run, run.parent, tiny_model_folder):
+    for target in (run, run.parent, tiny_model_folder, tiny_model_folder.parent):
         with pytest.raises(UserError, match=r"which this run reads|is what this run reads"):
             merge_adapter(run, target, overwrite=True)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
@@ -336,14 +336,28 @@ def test_a_killed_merge_leaves_no_output_and_can_be_repeated(
     assert json.loads((output / "merge_report.json").read_text())["changed_tensors"] == 14
 
 
-def test_a_disk_that_refuses(tiny_model_folder: Path, tmp_path: Path, make_adapter: MakeAdapter) -> None:
+def test_siblings_that_are_not_ours_stay(tiny_model_folder: Path, tmp_path: Path, make_adapter: MakeAdapter) -> None:
+    run, _ = make_adapter(tiny_model_folder)
+    for state in ("partial", "retired"):
+        (tmp_path / f".merged.{state}").mkdir()
+        (tmp_path / f".merged.{state}" / "mine.txt").write_text("precious")
+    merge_adapter(run, tmp_path / "merged", verify=False)
+    merge_adapter(run, tmp_path / "merged", verify=False, overwrite=True)
+    assert [(tmp_path / f".merged.{state}" / "mine.txt").read_text() for state in ("partial", "retired")] == [
+        "precious"
+    ] * 2
+
+
+@pytest.mark.parametrize("limit", [2_000, 100_000], ids=["tokenizer", "weights"])
+def test_a_disk_that_refuses(tiny_model_folder: Path, tmp_path: Path, make_adapter: MakeAdapter, limit: int) -> None:
     run, _ = make_adapter(tiny_model_folder)
     program = (
         "import resource; from rrhf_peft.merge.run import merge_adapter; from rrhf_peft.records import UserError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         f"try: merge_adapter({str(run)!r}, {str(tmp_path / 'merged')!r})\n"
         "except UserError as error: print(error)\n"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "model.safetensors cannot be written" in finished.stdout
+    assert "cannot be written" in finished.stdout
+    assert str(tmp_path) in finished.stdout
     assert not list(tmp_path.glob("*merged*"))

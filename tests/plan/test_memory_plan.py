@@ -181,6 +181,6 @@ def test_the_decoding_cache_of_online_training_counts_where_it_is_larger(llama_7
     plan = plan_memory(recipe(llama_7b, online={**online, "batch_tokens": 100_000}, **settings))
     assert item(plan, "decoding cache") == 2 * 100_000 * 32 * 4096 * 2
     assert plan.responses == 4
-    small = plan_memory(recipe(llama_7b, online={**online, "batch_tokens": 1000}, **settings))
+    small = plan_memory(recipe(llama_7b, online={**online, "batch_tokens": 100}, **settings))
     assert item(small, "decoding cache") == 0
     assert item(small, "activations") > 0
