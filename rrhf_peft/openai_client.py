@@ -174,6 +174,11 @@ class OpenAIClient:
             (self._pause or self._stop.wait)(max(doubled, min(asked_for, LONGEST_PAUSE)))
         raise AssertionError("the last attempt returns or raises")
 
+    def answered_before(self) -> None:
+        """The endpoint has answered this run before, so that refusals at the start say nothing about it."""
+        with self._lock:
+            self._works = True
+
     def gather(
         self,
         function: Callable[[Item], Result],

@@ -25,6 +25,11 @@ def skips_b(prompt: str, responses: list[str]) -> list[float | None]:
     return [None if "b" in response else float(len(response)) for response in responses]
 
 
+def skips_all(prompt: str, responses: list[str]) -> list[None]:
+    """Nothing."""
+    return [None for _ in responses]
+
+
 def stops_at_messages(prompt: str, responses: list[str]) -> list[float]:
     """Length, until the second prompt comes."""
     if prompt == "hé?":

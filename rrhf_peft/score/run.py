@@ -173,6 +173,10 @@ def _score_units(
 ) -> None:
     """Do this process's share of what is missing."""
     pending = shards.pending()
+    if len(pending) < len(units[processes.index :: processes.count]):
+        for scorer in scorers.values():
+            if isinstance(scorer, Judge):
+                scorer.client.answered_before()
     share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
     with progress(console, f"scoring{share}", sum(len(units[unit]) for unit in pending)) as advance:
         for unit in pending:

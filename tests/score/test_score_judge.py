@@ -234,6 +234,23 @@ def test_trying_harder_continues_what_was_finished(tmp_path):
     assert not asked & {response_in(call["messages"]) for call in second.calls}
 
 
+def test_refusals_in_the_last_unit_do_not_keep_a_resumed_run_from_its_end(tmp_path):
+    """The endpoint worked before: what it refuses now are these prompts."""
+    write_candidates(tmp_path / "candidates.jsonl")
+
+    def script(call):
+        return ("status", 400) if "question 1" in call["messages"][-1]["content"] else honest(call["messages"])
+
+    with judge_server(script) as (url, _), pytest.raises(UserError, match="budget of 40 is spent"):
+        run(tmp_path, url, max_requests=40)  # two units of 16, and a part of the third one
+    everything = lambda call: ("status", 400)  # noqa: E731
+    with judge_server(everything) as (url, server):
+        outcome = run(tmp_path, url)
+    assert len(server.calls) == 16
+    assert outcome.report.groups_kept == 7  # question 1 is refused in the first run
+    assert set(outcome.report.failures) == {"no answer: http 400: scripted 400"}
+
+
 def test_after_a_run_without_a_score_the_next_one_may_replace_what_it_left(tmp_path):
     write_candidates(tmp_path / "candidates.jsonl", groups=2)
     with judge_server(lambda call: "no") as (url, _), pytest.raises(UserError, match="no group has two"):

@@ -27,11 +27,12 @@ RULE = {"name": "rule", "function": "score_rules:slow_length"}
 COST = {"name": "rule", "function": "score_rules:cost"}
 
 
-def score(folder, scorer, rows=None, **scoring):
+def score(folder, scorer, rows=None, *, overwrite=False, **scoring):
     if rows is not None:
         (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = {"input": str(folder / "in.jsonl"), "output": str(folder / "out.jsonl"), "scorer": scorer, **scoring}
-    outcome = score_recipe(make_recipe({"scoring": section}, needs=["scoring"]), console=Console(quiet=True))
+    recipe = make_recipe({"scoring": section}, needs=["scoring"])
+    outcome = score_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
     return outcome, read(outcome.output) if outcome.output else None
 
 
@@ -127,6 +128,7 @@ def test_a_rule_that_fails_is_told_with_its_group_and_costs_nothing_that_was_the
     for function, message in (
         ("score_rules:no_such_rule", "has no 'no_such_rule'"),
         ("no_such_rules:rule", "no module 'no_such_rules'"),
+        ("score_rules:skips_all", "no group has two scored responses"),
         ("score_rules:stops_at_messages", r"group 1 \(from 0\), prompt 'hé\?': it fails with a call of sys\.exit\(0\)"),
     ):
         recipe = make_recipe(
@@ -135,6 +137,14 @@ def test_a_rule_that_fails_is_told_with_its_group_and_costs_nothing_that_was_the
         with pytest.raises(UserError, match=message):
             score_recipe(recipe, overwrite=True, console=Console(quiet=True))
         assert (tmp_path / "out.jsonl").read_bytes() == before
+    missing = {"name": "reward_model", "model": str(tmp_path / "no-such-model")}
+    with pytest.raises(UserError, match="there is no such reward model folder"):
+        score_recipe(
+            make_recipe({"scoring": {**section, "scorer": missing}}, needs=["scoring"]),
+            overwrite=True,
+            console=Console(quiet=True),
+        )
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_scores_that_are_no_numbers_any_more_are_refused(tmp_path):
@@ -344,8 +354,14 @@ def test_sheets_may_be_filled_in_several_attempts_and_are_never_replaced(tmp_pat
     before = filled.read_bytes()
     _, scored = score(tmp_path, files)
     assert sorted(scored[0]["scores"]) == [0.0, 0.5, 1.0]
-    again, _ = score(tmp_path, human)  # the same sheet is there: nothing to do, nothing lost
+    outcome.sheet.write_bytes(before)  # somebody fills the sheet itself
+    again, _ = score(tmp_path, human, overwrite=True)  # the same sheet is there: nothing to do, nothing lost
     assert again.sheet == outcome.sheet
+    with pytest.raises(UserError, match="may hold answers"):
+        score(tmp_path, human, CANDIDATES[:1], overwrite=True)
+    assert outcome.sheet.read_bytes() == before
+    outcome.sheet.write_text(empty)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CANDIDATES))
     for output in ("sheet.key.jsonl", "in.jsonl"):
         section = {"input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / output), "scorer": files}
         kept = (tmp_path / output).read_bytes()
