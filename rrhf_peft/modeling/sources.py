@@ -179,7 +179,7 @@ def _weight_files(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 #: What a model, adapter or tokenizer is read from: weights, configuration, tokenizer, and code.
-_WEIGHTS, _CONFIGS = ("*.safetensors", "*.bin", "*.pt"), ("*config.json", "*.index.json", "*.py")
+_WEIGHTS, _CONFIGS = ("*.safetensors", "*model*.bin", "hf_ckpt.pt"), ("*config.json", "*.index.json", "*.py")
 _TOKENIZER = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_temp*")
 
 #: Bytes; longer files are told apart by their length and by equally spaced pieces of this much in all.

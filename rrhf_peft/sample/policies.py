@@ -7,7 +7,6 @@ adapter is taken off and the next one put on while the base stays where it is.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from rrhf_peft.data import prompt_text, stop_token_ids, tokenization_fingerprint
-from rrhf_peft.modeling import attach_adapter, base_of, read_adapter, tokenizer_of
+from rrhf_peft.modeling import attach_adapter, base_of, read_adapter, tokenizer_of, weights_fingerprint
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection, takes_from_base
 from rrhf_peft.recipe.online import OnlineSection
 from rrhf_peft.recipe.sampling import EndpointSection
@@ -66,7 +65,10 @@ class Stage:
         """The weights that all its responses depend on; JSON values."""
         return {
             "model": None if self.model is None else self.model.model_dump(mode="json"),
-            "files": [_folder_digest(name) for name in (self.model and self.model.name, self.adapter) if name],
+            "files": [
+                None if self.model is None else weights_fingerprint(self.model.name, self.model.revision),
+                None if self.adapter is None else weights_fingerprint(self.adapter),
+            ],
             "adapter": self.adapter,
         }
 
@@ -143,22 +145,6 @@ def _base_key(stage: Stage) -> str:
     if stage.model is None:
         return f"endpoint {stage.name}"
     return stage.backend + stage.model.model_dump_json(exclude={"init_adapter"})
-
-
-def _folder_digest(name: str) -> str:
-    """What tells one local checkpoint from another: small files by content, weights by size and by samples of them."""
-    folder, digest = Path(name).expanduser(), hashlib.sha256(name.encode())
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if path.name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:  # every byte of 100 GB would take minutes at every start
-                for offset in range(0, size, max(size // 64, 1)):
-                    file.seek(offset)
-                    digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 class PolicyLoader:

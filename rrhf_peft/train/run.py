@@ -31,6 +31,7 @@ from rrhf_peft.modeling import (
     resolve_source,
     tokenizer_of,
     uses_checkpointing,
+    weights_fingerprint,
 )
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import UserError
@@ -51,7 +52,6 @@ from rrhf_peft.train.run_folder import (
     read_metrics,
     recipe_changes,
     remove_unfinished,
-    weights_fingerprint,
 )
 from rrhf_peft.train.splits import PromptReport, read_splits, tokenize_splits
 from rrhf_peft.train.trainer import RRHFTrainer

@@ -11,7 +11,6 @@ Reads without torch, so that a report of runs is there at once.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -53,9 +52,6 @@ WRITES = (
 #: Settings that may change between a run and its resumption: they do not touch the weights.
 HARMLESS_PREFIXES = ("training.logging", "training.report_to", "training.save", "training.eval", "training.run_name")
 HARMLESS_KEYS = frozenset({"training.output_dir", "training.disable_tqdm", "training.dataloader_num_workers"})
-
-#: Weight files up to this many bytes are read whole for their fingerprint, of larger ones as much in pieces.
-_FINGERPRINTED = 2**26
 
 
 @dataclass(frozen=True)
@@ -197,33 +193,6 @@ def input_changes(folder: Path, data_fingerprint: str, now: Circumstances, *, pr
             f"and is on {now.processes} with {now.groups_per_step}"
         )
     return changes
-
-
-def weights_fingerprint(name: str, revision: str | None = None) -> str | None:
-    """What tells a model's or an adapter's weights from others: SHA-256 over a local folder's files, the hub's commit.
-
-    None where a hub id is not in the cache. Of large files equally spaced pieces are read: training moves all weights.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(name).expanduser()
-    configs = ("config.json", "adapter_config.json")
-    if not folder.is_dir():
-        with contextlib.suppress(ValueError):
-            cached = (try_to_load_from_cache(name, file, revision=revision) for file in configs)
-            return next((Path(path).parent.name for path in cached if isinstance(path, str)), None)
-        return None
-    digest = hashlib.sha256()
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    for path in [folder / file for file in configs if (folder / file).is_file()] + weights:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        pieces = 1 if size <= _FINGERPRINTED else 256
-        with path.open("rb") as file:
-            for piece in range(pieces):
-                file.seek(size // pieces * piece)
-                digest.update(file.read(_FINGERPRINTED // pieces))
-    return digest.hexdigest()
 
 
 # ---- Checkpoints ----
