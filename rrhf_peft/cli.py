@@ -429,7 +429,7 @@ def evaluate(
         print_json(outcome.to_dict())
         return
     terminal().print(outcome)
-    say(f"Done: {outcome.folder}")
+    say(f"{'Finished before' if outcome.was_finished else 'Done'}: {outcome.folder}")
 
 
 @app.command()

@@ -9,9 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_peft.evaluate.likelihood import mean_log_probs, perplexity
-from rrhf_peft.evaluate.ranking import pair_accuracy
-from rrhf_peft.evaluate.reward import Interval, mean_reward
-from rrhf_peft.evaluate.texts import distinct_n, mean_words
+from rrhf_peft.evaluate.statistics import Interval, distinct_n, mean_reward, mean_words, pair_accuracy
 from rrhf_peft.records import TokenizedGroup
 from rrhf_peft.score.rule import Rule
 

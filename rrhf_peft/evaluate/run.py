@@ -10,17 +10,21 @@ continues, and another policy in the recipe costs its own share only.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 
-from rrhf_peft.evaluate.evaluation import Evaluation, finished_evaluation
-from rrhf_peft.evaluate.figures import make_figures
-from rrhf_peft.evaluate.folder import EVALUATION, RECIPE, TABLE, OutputFolder, is_finished
-from rrhf_peft.evaluate.measuring import judge_perplexity, judge_wins, policy_log_probs
-from rrhf_peft.evaluate.plan import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of, told_of
+from rrhf_peft.evaluate.folder import EVALUATION, RECIPE, TABLE, OutputFolder, read_numbers
+from rrhf_peft.evaluate.inputs import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of, told_of
+from rrhf_peft.evaluate.measure import judge_perplexity, judge_wins, policy_log_probs
+from rrhf_peft.evaluate.summary import make_figures
+from rrhf_peft.evaluate.table import markdown_table, terminal_tables
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import exclusive, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, recipe_text
@@ -29,30 +33,70 @@ from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import score_recipe
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Attributes:
+        folder: where it lies.
+        figures: the contents of `evaluation.json`.
+        was_finished: it was finished before this run, which had nothing to do.
+    """
+
+    folder: Path
+    figures: dict[str, Any]
+    was_finished: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `evaluation.json`."""
+        return self.figures
+
+    def markdown(self) -> str:
+        """The table in the paper's form, one row for each policy."""
+        return markdown_table(self.figures)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        yield from terminal_tables(self.figures, options.max_width)
+
+
+def finished_evaluation(folder: str | Path, *, was_finished: bool = False) -> Evaluation:
+    """Read a finished evaluation back.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    return Evaluation(Path(folder), read_numbers(Path(folder)), was_finished)
+
+
 def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> Evaluation:
     """Evaluate the policies that the recipe's `evaluation:` names; under a launcher every process calls it.
 
+    The same evaluation, once finished, is read back.
+
     Args:
         recipe: with the section `evaluation`.
-        overwrite: replace what is in the output folder.
+        overwrite: replace what an earlier evaluation left in the output folder, once there is something to replace
+            it with.
         console: where progress goes; None keeps silent.
 
     Raises:
-        UserError: anything the user can mend, told before the work where it can be known then.
+        UserError: anything the user can fix, told before the work where it can be known then.
     """
     assert recipe.evaluation is not None
     output = recipe.evaluation.output
-    with launched_processes() as processes, whole_models(), exclusive(output, processes):
-        quiet = Console(quiet=True)
-        console = console if console is not None and processes.is_main else quiet
+    with launched_processes() as processes, whole_models(), exclusive(output, processes), contextlib.ExitStack() as end:
+        console = console if console is not None and processes.is_main else Console(quiet=True)
         plan = make_plan(recipe)
         folder = OutputFolder(output)
 
-        def begin() -> None:
-            folder.open(settings_of(plan, folder), overwrite=overwrite)
-            replace_text(folder.path / RECIPE, recipe_text(recipe))
+        def begin() -> bool:
+            is_finished = folder.open(settings_of(plan, folder), reads=plan.reads, overwrite=overwrite, end=end)
+            if not is_finished:
+                replace_text(folder.path / RECIPE, recipe_text(recipe))
+            return is_finished
 
-        processes.on_main(begin)
+        if processes.on_main(begin):
+            return finished_evaluation(folder.path, was_finished=True)
         for number, name in enumerate(plan.policies, start=1):
             console.print(f"policy {name} ({number} of {len(plan.policies)})", highlight=False, style="bold")
             with told_of(f"evaluation.policies.{name}"):
@@ -65,37 +109,28 @@ def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console
             with told_of("evaluation.wins.by"):
                 judge_wins(plan, folder, processes, console)
         processes.wait_for_all()
-        if processes.is_main:
-            _finish(plan, folder)
-        processes.wait_for_all()
-        return finished_evaluation(folder.path)
+        processes.on_main(lambda: _finish(plan, folder))
+    return finished_evaluation(folder.path)
 
 
 def _answer(plan: Plan, folder: OutputFolder, name: str, console: Console) -> None:
-    """The policy's responses and their rewards."""
+    """The policy's responses and their rewards; what is finished is passed over by sampling and scoring."""
     samples = folder.file("samples", name)
-    if not is_finished(samples):
-        sample_recipe(sampling_recipe(plan, name, samples), console=console, keep_all=True)
+    sample_recipe(sampling_recipe(plan, name, samples), console=console, keep_all=True)
+    folder.keep()
     for label in plan.section.scorers:
-        scored = folder.file("scored", name, label)
-        if not is_finished(scored):
-            with told_of(f"scorer {label}"):
-                recipe = scoring_recipe(plan, label, samples, scored)
-                score_recipe(recipe, console=console, least_responses=1)
+        with told_of(f"scorer {label}"):
+            recipe = scoring_recipe(plan, label, samples, folder.file("scored", name, label))
+            score_recipe(recipe, console=console, least_responses=1)
 
 
 def _finish(plan: Plan, folder: OutputFolder) -> None:
     """Numbers, plots and table from the files; the table last, which says that all is there."""
-    evaluation = Evaluation(folder.path, make_figures(plan, folder))
+    figures = make_figures(plan, folder)
     (folder.path / TABLE).unlink(missing_ok=True)
-    replace_text(folder.path / EVALUATION, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    _plot(folder.path)
-    replace_text(folder.path / TABLE, evaluation.markdown())
-
-
-def _plot(folder: Path) -> None:
-    """Draw, where matplotlib is installed."""
+    replace_text(folder.path / EVALUATION, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
     if importlib.util.find_spec("matplotlib") is not None:
         from rrhf_peft.evaluate.plots import write_plots
 
-        write_plots(folder)
+        write_plots(folder.path)
+    replace_text(folder.path / TABLE, markdown_table(figures))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rrhf_peft.evaluate.plots import figure_bytes
+from rrhf_peft.plotting import figure_bytes
 
 
 @dataclass(frozen=True)

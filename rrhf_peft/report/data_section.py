@@ -7,7 +7,7 @@ from typing import Any
 
 from rrhf_peft.report.blocks import Facts, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.report.numbers import MISSING, count, is_number, number
-from rrhf_peft.report.training_plots import k_figure
+from rrhf_peft.report.plots import k_figure
 from rrhf_peft.report.training_run import TrainingRun
 
 _SOURCES_SHOWN = 24

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from rrhf_peft.evaluate.plots import EvaluationFolder, Plot, Style, WinRow, evaluation_plots
-from rrhf_peft.evaluate.plots.canvas import WIDTH
-from rrhf_peft.evaluate.plots.folder import PolicyNumbers
-from rrhf_peft.evaluate.reward import Interval
+from rrhf_peft.evaluate.folder import EvaluationFolder, PolicyNumbers, WinRow
+from rrhf_peft.evaluate.plots import Plot, evaluation_plots
+from rrhf_peft.evaluate.statistics import Interval
+from rrhf_peft.plotting import WIDTH, Style
 from rrhf_peft.report.blocks import Examples, Paragraph, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.report.examples import examples
 from rrhf_peft.report.numbers import MISSING, count, duration, estimate, is_number, memory, number

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from rrhf_peft.evaluate.plots import EvaluationFolder, Style
+from rrhf_peft.evaluate.folder import EvaluationFolder
+from rrhf_peft.plotting import Style
 from rrhf_peft.report.blocks import Answer, Example
 from rrhf_peft.report.numbers import number
 

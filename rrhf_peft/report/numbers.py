@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rrhf_peft.evaluate.reward import Interval
+from rrhf_peft.evaluate.statistics import Interval
 
 MISSING = "–"
 

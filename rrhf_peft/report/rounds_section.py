@@ -6,10 +6,10 @@ import itertools
 import math
 from typing import Any
 
-from rrhf_peft.evaluate.reward import Interval
+from rrhf_peft.evaluate.statistics import Interval
 from rrhf_peft.report.blocks import Paragraph, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.report.numbers import MISSING, estimate, is_number, number
-from rrhf_peft.report.rounds_plots import rounds_figure
+from rrhf_peft.report.plots import rounds_figure
 from rrhf_peft.report.runs import RoundsRun
 
 

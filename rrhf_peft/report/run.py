@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rrhf_peft import __version__
-from rrhf_peft.evaluate.plots import Style, styles
 from rrhf_peft.files import replace_text
+from rrhf_peft.plotting import Style, styles
 from rrhf_peft.records import UserError
 from rrhf_peft.report import data_section, evaluation_section, rounds_section, training_section
 from rrhf_peft.report.blocks import Facts, Paragraph, Section

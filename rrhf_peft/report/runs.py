@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rrhf_peft.evaluate.plots import EvaluationFolder, joined, read_evaluation
+from rrhf_peft.evaluate.folder import EvaluationFolder, joined, read_evaluation
 from rrhf_peft.records import UserError
 from rrhf_peft.report.training_run import (
     DATA_REPORT,

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rrhf_peft.evaluate.plots import Style
+from rrhf_peft.plotting import Style
 from rrhf_peft.report.blocks import Folded, Paragraph, Picture, Pictures, Section, Table, TableRow, picture
 from rrhf_peft.report.numbers import MISSING, count, duration, is_number, memory, number
-from rrhf_peft.report.training_plots import Curve, curves_figure, smoothing_window, sources_figure
+from rrhf_peft.report.plots import Curve, curves_figure, smoothing_window, sources_figure
 from rrhf_peft.report.training_run import TrainingRun
 
 _SOURCE = "logps/"

@@ -18,14 +18,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import tokenize_groups
-from rrhf_peft.evaluate.evaluation import finished_evaluation
-from rrhf_peft.evaluate.figures import _differences
-from rrhf_peft.evaluate.plan import make_plan, sampling_recipe
-from rrhf_peft.evaluate.ranking import kendall_tau, pair_accuracy
-from rrhf_peft.evaluate.run import evaluate_recipe
-from rrhf_peft.evaluate.texts import distinct_n
-from rrhf_peft.evaluate.trained import trained_as
-from rrhf_peft.evaluate.wins import length_controlled_win_rate
+from rrhf_peft.evaluate.inputs import make_plan, sampling_recipe, trained_as
+from rrhf_peft.evaluate.run import evaluate_recipe, finished_evaluation
+from rrhf_peft.evaluate.statistics import distinct_n, kendall_tau, length_controlled_win_rate, pair_accuracy
+from rrhf_peft.evaluate.summary import _differences
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.train.run import train_recipe

@@ -9,11 +9,17 @@ import random
 import numpy as np
 import pytest
 
-from rrhf_peft.evaluate.best_of import expected_best
-from rrhf_peft.evaluate.ranking import kendall_tau, pair_accuracy, preference_figures
-from rrhf_peft.evaluate.reward import mean_reward
-from rrhf_peft.evaluate.texts import mean_repetition
-from rrhf_peft.evaluate.wins import length_controlled_win_rate, reward_verdicts, win_shares
+from rrhf_peft.evaluate.statistics import (
+    expected_best,
+    kendall_tau,
+    length_controlled_win_rate,
+    mean_repetition,
+    mean_reward,
+    pair_accuracy,
+    preference_figures,
+    reward_verdicts,
+    win_shares,
+)
 
 
 def test_best_of_n_is_the_mean_over_all_subsets() -> None:

@@ -11,20 +11,17 @@ import numpy as np
 import pytest
 from report.conftest import policy, write_evaluation
 
+from rrhf_peft.evaluate.folder import WinRow
 from rrhf_peft.evaluate.plots import (
-    WinRow,
     best_of_figure,
-    figure_bytes,
     histogram_figure,
     plane_figure,
     reward_figure,
-    styles,
     wins_figure,
     write_plots,
 )
-from rrhf_peft.evaluate.plots.labels import shortened, spread
-from rrhf_peft.evaluate.plots.palette import ink
-from rrhf_peft.evaluate.reward import Interval
+from rrhf_peft.evaluate.statistics import Interval
+from rrhf_peft.plotting import figure_bytes, shortened, styles
 from rrhf_peft.records import UserError
 
 
@@ -32,19 +29,6 @@ def texts(figure: Any) -> list[str]:
     import matplotlib.text
 
     return [own.get_text() for own in figure.findobj(matplotlib.text.Text) if own.get_text()]
-
-
-def boxes(figure: Any, names: list[str]) -> list[Any]:
-    """Where the texts stand, in pixels."""
-    import matplotlib.text
-
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
-    return [
-        own.get_window_extent(renderer)
-        for own in figure.findobj(matplotlib.text.Text)
-        if own.get_text() in names and type(own).__name__ == "Annotation"
-    ]
 
 
 def test_all_plots_are_written_twice_and_stale_ones_removed(tmp_path: Path) -> None:
@@ -87,16 +71,21 @@ def test_every_builder_takes_few_and_many_policies_with_long_names(count: int) -
     look = styles(names, baseline=names[0])
     random = np.random.default_rng(0)
     values = {name: Interval(i / count, i / count - 0.1, i / count + 0.1) for i, name in enumerate(names)}
-    short = list(shortened(names, 22).values())
-    figure = best_of_figure({name: {1: value, 4: value} for name, value in values.items()}, look, label="vader")
-    found = boxes(figure, short)
-    assert len(found) == count
-    assert not any(one.overlaps(other) for i, one in enumerate(found) for other in found[:i])
-    width = figure.bbox.width
-    assert all(box.x1 <= width and box.x0 >= 0 for box in found)
+    drawn = [
+        best_of_figure({name: {1: value, 4: value} for name, value in values.items()}, look, label="vader"),
+        plane_figure({name: (10.0 + i, i / count) for i, name in enumerate(names)}, look, label="vader"),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert len({text.get_text() for text in legend.get_texts()}) == count
+        box, axes = legend.get_window_extent(), figure.axes[0].get_window_extent()
+        assert box.x0 >= axes.x1  # beside the data
+        assert box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 <= box.y1 <= figure.bbox.height
     for figure in (
         reward_figure(values, look, label="vader"),
-        plane_figure({name: (10.0 + i, i / count) for i, name in enumerate(names)}, look, label="vader"),
+        *drawn,
         histogram_figure({name: random.normal(size=30).tolist() for name in names}, look, label="vader"),
         wins_figure([WinRow(policy=name, against="base", by="vader", win=1, tie=1, lose=2) for name in names]),
     ):
@@ -127,13 +116,6 @@ def test_twenty_policies_look_different_and_keep_their_look() -> None:
     assert styles(names[:3], baseline="p0") == {name: look[name] for name in names[:3]}
 
 
-def test_text_in_a_policys_colour_reads_on_white() -> None:
-    assert ink("#000000") == "#000000"
-    dark = ink("#56b4e9")
-    assert dark != "#56b4e9"
-    assert [int(dark[i : i + 2], 16) <= int("#56b4e9"[i : i + 2], 16) for i in (1, 3, 5)] == [True] * 3
-
-
 def test_shortened_names_stay_different() -> None:
     names = ["a" * 40 + "x" * 3 + "b" * 40, "a" * 40 + "y" * 3 + "b" * 40, "short", "two\nlines"]
     short = shortened(names, 20)
@@ -141,16 +123,3 @@ def test_shortened_names_stay_different() -> None:
     assert all(len(text) <= 20 for text in short.values())
     assert short["short"] == "short"
     assert short["two\nlines"] == "two lines"
-
-
-def test_spread_keeps_order_and_distance_and_moves_no_more_than_it_must() -> None:
-    assert spread([0.0, 10.0], 2.0, 0.0, 20.0) == [0.0, 10.0]
-    assert spread([5.0, 5.0], 2.0, 0.0, 20.0) == [4.0, 6.0]
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        places = random.uniform(0, 100, size=12).tolist()
-        moved = spread(places, 7.0, 0.0, 100.0)
-        order = np.argsort(places)
-        assert (np.diff(np.array(moved)[order]) > 7 - 1e-9).all()
-        assert min(moved) >= 0
-        assert max(moved) <= 100 + 1e-9

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rrhf_peft.evaluate.ranking import pair_accuracy
-from rrhf_peft.evaluate.reward import mean_reward
-from rrhf_peft.evaluate.texts import distinct_n, mean_words
+from rrhf_peft.evaluate.statistics import distinct_n, mean_reward, mean_words, pair_accuracy
 from rrhf_peft.objectives import rrhf
 from rrhf_peft.records import ResponseLogProbs
 

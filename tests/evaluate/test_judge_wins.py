@@ -7,7 +7,7 @@ import json
 import pytest
 from judge_server import judge_server, labelled_in
 
-from rrhf_peft.evaluate.judge_wins import PairJudge
+from rrhf_peft.evaluate.measure import PairJudge
 from rrhf_peft.recipe.scoring import JudgeScorer
 from rrhf_peft.records import UserError
 

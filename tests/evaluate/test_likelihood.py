@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import tokenize_groups
 from rrhf_peft.evaluate.likelihood import mean_log_probs, perplexity
-from rrhf_peft.evaluate.ranking import pair_accuracy
+from rrhf_peft.evaluate.statistics import pair_accuracy
 from rrhf_peft.records import RankedGroup, UserError
 
 PROMPTS = ["A fox", "The old mill stood by the river and", "", "Two"]

@@ -1,4 +1,4 @@
-"""Everything an evaluation will read, looked at before hours of work: prompts, policies, scorers, judges.
+"""What an evaluation reads, looked at before hours of work: prompts, policies as they were trained, scorers, judges.
 
 A policy's answers and rewards are made by sampling and scoring, from recipes derived here.
 """
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +19,88 @@ from transformers import AutoConfig
 
 from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
-from rrhf_peft.evaluate.trained import TrainedAs, trained_as
 from rrhf_peft.modeling import load_tokenizer, resolve_source
-from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, make_recipe
+from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, load_recipe, make_recipe
 from rrhf_peft.recipe.evaluation import PolicySection
 from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.policies import Stage, check_adapters, make_stages
 from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.score.rule import load_rule
+
+
+@dataclass(frozen=True)
+class TrainedAs:
+    """How a policy read prompts and held its weights in training.
+
+    Attributes:
+        template: as `data.template`.
+        quantization, double_quant: as in `model`.
+        max_prompt_tokens, max_tokens: as in `data`; None where training computes it group by group.
+        stop: strings that ended its own answers in online training.
+    """
+
+    template: str
+    quantization: str
+    double_quant: bool
+    max_prompt_tokens: int | None
+    max_tokens: int
+    stop: tuple[str, ...]
+
+
+def trained_as(folder: str | None) -> TrainedAs | None:
+    """Read from the recipe.yaml of a run folder, or of the run folder that a checkpoint lies in.
+
+    No other parent's recipe says anything about an adapter, and none says whether a model's code may run.
+
+    Returns:
+        None where the folder is no run.
+
+    Raises:
+        UserError: the recipe is damaged.
+    """
+    recipe = _run_recipe(folder)
+    if recipe is None or recipe.model is None or recipe.data is None:
+        return None
+    return TrainedAs(
+        template=recipe.data.template,
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        max_tokens=recipe.data.max_tokens,
+        stop=tuple(recipe.online.stop) if recipe.online is not None else (),
+    )
+
+
+def training_of(folder: str | None) -> dict[str, Any] | None:
+    """Seconds, peak memory, optimizer steps and objective of the run in a folder; None where there is no run.
+
+    Of a run that was resumed, the seconds are those of its last session.
+    """
+    recipe = _run_recipe(folder)
+    metrics = Path(folder or "").expanduser() / "metrics.jsonl"
+    if recipe is None or not metrics.is_file():
+        return None
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    closing = next((line for line in reversed(lines) if "train_runtime" in line), None)
+    if closing is None:
+        return None
+    peaks = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
+    return {
+        "seconds": float(closing["train_runtime"]),
+        "peak_memory_gib": float(max(peaks)) if peaks else None,
+        "steps": int(closing["step"]),
+        "objective": recipe.objective.name,
+    }
+
+
+def _run_recipe(folder: str | None) -> Recipe | None:
+    if folder is None:
+        return None
+    path = Path(folder).expanduser()
+    homes = [path, path.resolve().parent] if re.fullmatch(r"checkpoint-\d+", path.resolve().name) else [path]
+    file = next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
+    return None if file is None else load_recipe(file, needs=())
 
 
 @dataclass(frozen=True)
@@ -75,6 +149,16 @@ class Plan:
     policies: dict[str, Policy]
     references: list[RankedGroup]
     pairs: list[RankedGroup]
+
+    @property
+    def reads(self) -> list[str]:
+        """Files, folders and hub ids that nothing may be written over."""
+        section = self.section
+        data = (section.prompts, section.references, section.pairs)
+        names = [name for part in data if part is not None for name in ([part] if isinstance(part, str) else part)]
+        for policy in self.policies.values():
+            names += [name for name in (policy.model.name, policy.stage.adapter) if name is not None]
+        return names
 
     @property
     def judge_template(self) -> str:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from rrhf_peft.data import TEMPLATES, transcript
 from rrhf_peft.evaluate.folder import OutputFolder
-from rrhf_peft.evaluate.judge_wins import PairJudge
+from rrhf_peft.evaluate.inputs import Plan, tokenizer_of
 from rrhf_peft.evaluate.likelihood import text_log_probs
-from rrhf_peft.evaluate.plan import Plan, tokenizer_of
-from rrhf_peft.evaluate.sharding import rows_of_all
-from rrhf_peft.jobs import Processes
+from rrhf_peft.jobs import Processes, ShardedOutput, fingerprint_of
 from rrhf_peft.modeling import attach_adapter, load_base_model
+from rrhf_peft.progress import progress
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.recipe.scoring import JudgeScorer
 from rrhf_peft.records import RankedGroup
+from rrhf_peft.score.judge import Judge, parse_ranks, ranking_messages
 from rrhf_peft.score.policy import PolicyScores
 
 Row = dict[str, Any]
-
-
-def read_samples(folder: OutputFolder, name: str) -> list[Row]:
-    """A policy's sampled rows."""
-    return read_rows(folder, "samples", name)
-
-
-def read_rows(folder: OutputFolder, stage: str, name: str, label: str | None = None) -> list[Row]:
-    """The rows of one of the folder's files."""
-    with folder.file(stage, name, label).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def policy_log_probs(plan: Plan, folder: OutputFolder, name: str, processes: Processes, console: Console) -> None:
@@ -55,7 +44,7 @@ def policy_log_probs(plan: Plan, folder: OutputFolder, name: str, processes: Pro
                 folder.file(stage, name),
                 groups,
                 lambda groups=groups: begin(groups),  # type: ignore[misc]
-                settings=_recorded(folder, stage, name),
+                settings=folder.recorded(stage, name),
                 processes=processes,
                 console=console,
                 title=f"{stage} under {name}",
@@ -86,9 +75,9 @@ def judge_perplexity(plan: Plan, folder: OutputFolder, processes: Processes, con
     for name in plan.policies:
         rows_of_all(
             folder.file("perplexity", name),
-            read_samples(folder, name),
+            folder.rows("samples", name),
             begin,
-            settings=_recorded(folder, "perplexity", name),
+            settings=folder.recorded("perplexity", name),
             processes=processes,
             console=console,
             title=f"perplexity of {name}",
@@ -101,7 +90,7 @@ def judge_wins(plan: Plan, folder: OutputFolder, processes: Processes, console: 
     assert wins is not None
     assert isinstance(wins.by, JudgeScorer)
     section = wins.by
-    other = read_samples(folder, wins.against)
+    other = folder.rows("samples", wins.against)
 
     def begin() -> Callable[[Sequence[tuple[Row, Row]]], list[Row]]:
         judge = PairJudge(section)
@@ -119,18 +108,13 @@ def judge_wins(plan: Plan, folder: OutputFolder, processes: Processes, console: 
         if name != wins.against:
             rows_of_all(
                 folder.file("wins", name),
-                list(zip(read_samples(folder, name), other, strict=True)),
+                list(zip(folder.rows("samples", name), other, strict=True)),
                 begin,
-                settings=_recorded(folder, "wins", name),
+                settings=folder.recorded("wins", name),
                 processes=processes,
                 console=console,
                 title=f"judging {name} against {wins.against}",
             )
-
-
-def _recorded(folder: OutputFolder, stage: str, name: str) -> Any:
-    """The settings that the folder was opened with; parts of other settings were refused then."""
-    return folder.recorded()[folder.file(stage, name).relative_to(folder.path).as_posix()]
 
 
 def _policy(plan: Plan, name: str) -> PolicyScores:
@@ -164,3 +148,101 @@ def _loaded(section: ModelSection) -> tuple[Any, Any]:
     fields = ("revision", "dtype", "quantization", "double_quant", "attention", "trust_remote_code")
     model = load_base_model(section.name, **{field: getattr(section, field) for field in fields})
     return model, tokenizer_of(section)
+
+
+Item = TypeVar("Item")
+
+#: Items finished and saved at a time: what a kill can lose.
+UNIT = 16
+
+
+def rows_of_all(
+    output: Path,
+    items: Sequence[Item],
+    begin: Callable[[], Callable[[Sequence[Item]], list[dict[str, Any]]]],
+    *,
+    settings: Any,
+    processes: Processes,
+    console: Console,
+    title: str,
+) -> None:
+    """Write one row for each item to `output`, unless it is there.
+
+    Args:
+        output: the .jsonl file.
+        items: what there is to do, the same list on all processes.
+        begin: loads what the work needs and returns the work: items -> rows. Called by every process or by none,
+            because what it loads may agree with the other processes on something.
+        settings: JSON values that the rows depend on.
+        processes: of this launch; all of them call this.
+        console: where the main process shows progress.
+        title: what the progress calls it.
+    """
+    units = [items[start : start + UNIT] for start in range(0, len(items), UNIT)]
+    shards = ShardedOutput(
+        output, verb="evaluate", fingerprint=fingerprint_of(settings), units=len(units), processes=processes
+    )
+    if shards.open():
+        return
+    if shards.is_work_left:
+        work = begin()
+        pending = shards.pending()
+        shown = console if processes.is_main else None
+        with progress(shown, title, sum(len(units[unit]) for unit in pending)) as advance:
+            for unit in pending:
+                shards.write(unit, work(units[unit]))
+                advance(len(units[unit]))
+    shards.merge()
+
+
+_LABELS = ("A", "B")
+
+
+class PairJudge:
+    """Compares pairs of responses with up to `concurrency` requests at a time.
+
+    Args:
+        section: the judge; its aspects are what it is told to consider, its scale is not used.
+    """
+
+    def __init__(self, section: JudgeScorer) -> None:
+        self.judge = Judge(section, at="evaluation.wins.by")
+
+    def compare(self, groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> list[dict[str, Any]]:
+        """Compare (prompt, pairs of responses) groups.
+
+        Returns:
+            For each group `verdicts`: 1 where the first response of a pair wins in both orders, -1 where the
+            second does, 0 for a tie, which is also a verdict that changes with the order; None where judging
+            failed. `failures`: place of the pair, as text -> the reason.
+
+        Raises:
+            UserError: nothing is answered, or the budget is spent.
+        """
+        pairs = [(prompt, pair) for prompt, pairs in groups for pair in pairs]
+        orders = [(prompt, order) for prompt, (one, two) in pairs for order in ((one, two), (two, one))]
+        answers = self.judge.client.gather(lambda order: self._preferred(*order), orders)
+        verdicts = iter(map(_verdict, answers[::2], answers[1::2]))
+        rows = []
+        for _, compared in groups:
+            own = [next(verdicts) for _ in compared]
+            failures = {str(place): verdict for place, verdict in enumerate(own) if isinstance(verdict, str)}
+            kept = [None if isinstance(verdict, str) else verdict for verdict in own]
+            rows.append({"verdicts": kept, "failures": failures})
+        return rows
+
+    def _preferred(self, prompt: str, pair: tuple[str, str]) -> int | str:
+        """1 where the first is ranked better, -1 where the second is, 0 for equal ranks; or why there is no answer."""
+        if pair[0] == pair[1]:
+            return 0  # nothing to ask
+        messages = ranking_messages(prompt, pair, _LABELS, self.judge.aspects, self.judge.section.instructions)
+        ranks = self.judge.answer(messages, lambda reply: parse_ranks(reply, _LABELS))
+        return ranks if isinstance(ranks, str) else (ranks[0] < ranks[1]) - (ranks[0] > ranks[1])
+
+
+def _verdict(given: int | str, swapped: int | str) -> int | str:
+    """Both orders together: a side wins where both say so."""
+    for answer in (given, swapped):
+        if isinstance(answer, str):
+            return answer
+    return given if given == -int(swapped) else 0

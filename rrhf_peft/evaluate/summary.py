@@ -9,16 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from rrhf_peft.evaluate.best_of import expected_best
 from rrhf_peft.evaluate.folder import OutputFolder
-from rrhf_peft.evaluate.measuring import Row, read_rows, read_samples
-from rrhf_peft.evaluate.plan import Plan
-from rrhf_peft.evaluate.ranking import preference_figures
-from rrhf_peft.evaluate.reward import mean_reward
-from rrhf_peft.evaluate.texts import distinct_n, mean_repetition, mean_words
-from rrhf_peft.evaluate.trained import training_of
-from rrhf_peft.evaluate.wins import reward_verdicts, win_shares
+from rrhf_peft.evaluate.inputs import Plan, training_of
+from rrhf_peft.evaluate.statistics import (
+    distinct_n,
+    expected_best,
+    mean_repetition,
+    mean_reward,
+    mean_words,
+    preference_figures,
+    reward_verdicts,
+    win_shares,
+)
 from rrhf_peft.records import UserError
+
+Row = dict[str, Any]
 
 
 def make_figures(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def make_figures(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
         UserError: files of the folder do not fit together.
     """
     section = plan.section
-    samples = {name: read_samples(folder, name) for name in plan.policies}
+    samples = {name: folder.rows("samples", name) for name in plan.policies}
     rewards = {
         name: {label: _rewards(folder, name, label, samples[name]) for label in section.scorers}
         for name in plan.policies
@@ -137,7 +142,7 @@ def _rewards(folder: OutputFolder, name: str, label: str, samples: Sequence[Row]
     """For each prompt, the reward of each response; None where the scorer gave none."""
     rewards: list[list[float | None]] = [[None] * len(row["responses"]) for row in samples]
     place_of = {row["meta"]["prompt_index"]: place for place, row in enumerate(samples)}
-    for row in read_rows(folder, "scored", name, label):
+    for row in folder.rows("scored", name, label):
         place = place_of.get(row["meta"]["prompt_index"], -1)
         kept = row["meta"].get("kept") or range(len(row["responses"]))
         if place < 0 or [samples[place]["responses"][own] for own in kept] != row["responses"]:
@@ -168,7 +173,7 @@ def _best_of(plan: Plan, per_prompt: Sequence[Sequence[float]]) -> dict[str, dic
 
 def _perplexity(folder: OutputFolder, stage: str, name: str) -> float | None:
     """Of all tokens of all texts; None where there is none."""
-    log_probs = [own for row in read_rows(folder, stage, name) for own in row["log_probs"] if own is not None]
+    log_probs = [own for row in folder.rows(stage, name) for own in row["log_probs"] if own is not None]
     tokens = sum(count for _, count in log_probs)
     if not tokens:
         return None
@@ -178,7 +183,7 @@ def _perplexity(folder: OutputFolder, stage: str, name: str) -> float | None:
 def _preference(plan: Plan, folder: OutputFolder, name: str) -> dict[str, Any] | None:
     section = plan.section
     preferences, scores = [], []
-    for group, row in zip(plan.pairs, read_rows(folder, "pairs", name), strict=True):
+    for group, row in zip(plan.pairs, folder.rows("pairs", name), strict=True):
         known = [
             (own[0] / own[1], score)
             for own, score in zip(row["log_probs"], group.known_scores, strict=True)
@@ -206,7 +211,7 @@ def _wins(
         groups = zip(rewards[name][wins.by], rewards[against][wins.by], strict=True)
         verdicts: list[list[int | None]] = [_by_reward(own, theirs, wins.tie_margin) for own, theirs in groups]
     else:
-        verdicts = [row["verdicts"] for row in read_rows(folder, "wins", name)]
+        verdicts = [row["verdicts"] for row in folder.rows("wins", name)]
     longer = [
         [float(len(own) - len(theirs)) for own, theirs in zip(mine["responses"], other["responses"])]  # noqa: B905
         for mine, other in zip(samples[name], samples[against], strict=True)
