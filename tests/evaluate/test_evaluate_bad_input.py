@@ -106,9 +106,10 @@ def test_without_a_model_every_policy_names_its_own(tiny_model_folder, tmp_path)
 def test_a_folder_of_something_else_is_left_alone(tiny_model_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"evaluation\.output holds other files"):
-            evaluate_recipe(evaluation_recipe(tiny_model_folder, tmp_path), overwrite=overwrite)
+    with pytest.raises(UserError, match=r"evaluation\.output holds other files"):
+        evaluate_recipe(evaluation_recipe(tiny_model_folder, tmp_path))
+    with pytest.raises(UserError, match=r"evaluation\.output: .* has no mark of rrhf-peft .*--overwrite leaves it"):
+        evaluate_recipe(evaluation_recipe(tiny_model_folder, tmp_path), overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -120,8 +121,8 @@ def test_the_command_prints_table_or_json_and_refuses_with_one(tiny_model_folder
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout) == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     again = run()
-    assert again.exit_code == 1
-    assert "is there already" in again.stderr
+    assert again.exit_code == 0, again.output  # the same evaluation, finished: success, and nothing is done again
+    assert f"Finished before: {tmp_path / 'out'}" in again.stdout
     table = run("--overwrite")
     assert "reward letters" in table.stdout
     assert f"Done: {tmp_path / 'out'}" in table.stdout

@@ -307,10 +307,11 @@ def test_the_table_has_a_row_for_each_policy_and_no_empty_column(whole, tiny_mod
     assert plain.to_dict()["policies"]["base"]["rewards"]["letters"]["mean"] is not None  # one response is enough
 
 
-def test_a_finished_evaluation_is_refused_and_another_policy_costs_its_own_share_only(whole, trained):
+def test_a_finished_evaluation_is_read_back_and_another_policy_costs_its_own_share_only(whole, trained):
     folder, recipe, evaluation = whole
-    with pytest.raises(UserError, match="is there already, made with these settings"):
-        evaluate_recipe(recipe)
+    again = evaluate_recipe(recipe)
+    assert again.was_finished
+    assert again.to_dict() == evaluation.to_dict()
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "out" / "samples").iterdir()}
     section = recipe.evaluation.model_copy(
         update={"policies": {**recipe.evaluation.policies, "again": recipe.evaluation.policies["base"]}}
