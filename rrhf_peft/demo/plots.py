@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rrhf_peft.demo.comparison import Measured
+from rrhf_peft.train.run_folder import METRICS, read_metrics
 
 BEFORE, AFTER, TARGET = "#8c8c8c", "#1b7f5c", "#c2571a"
 
@@ -18,12 +18,6 @@ BEFORE, AFTER, TARGET = "#8c8c8c", "#1b7f5c", "#c2571a"
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The training steps of a run folder's metrics.jsonl, without evaluations and the closing summary."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
 
 def smoothed(values: Sequence[float], window: int = 9) -> list[float]:
@@ -71,5 +65,6 @@ def save_figure(path: Path, before: Measured, after: Measured, mean_of_max: floa
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_rewards(left, before, after, mean_of_max)
-    draw_training(right, read_metrics(run_folder))
+    steps = [entry for entry in read_metrics(run_folder / METRICS) if "loss" in entry]
+    draw_training(right, steps)
     figure.savefig(path, dpi=120)

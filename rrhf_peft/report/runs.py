@@ -10,15 +10,8 @@ from typing import Any
 
 from rrhf_peft.evaluate.folder import EvaluationFolder, joined, read_evaluation
 from rrhf_peft.records import UserError
-from rrhf_peft.report.training_run import (
-    DATA_REPORT,
-    MERGE_REPORT,
-    METRICS,
-    RECIPE,
-    TrainingRun,
-    read_object,
-    read_training_run,
-)
+from rrhf_peft.report.training_run import MERGE_REPORT, TrainingRun, read_training_run
+from rrhf_peft.train.run_folder import DATA_REPORT, METRICS, RECIPE, read_object
 
 EVALUATION, ROUNDS = "evaluation.json", "rounds.json"
 

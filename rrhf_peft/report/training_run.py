@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rrhf_peft.records import UserError
 from rrhf_peft.report.numbers import is_number
+from rrhf_peft.train.run_folder import DATA_REPORT, METRICS, RECIPE, read_metrics, read_object, read_recipe
 
-#: What `rrhf_peft.train.run_folder` and `rrhf_peft.merge` call these files; importing them takes seconds.
-RECIPE, DATA_REPORT, METRICS, MERGE_REPORT = "recipe.yaml", "data_report.json", "metrics.jsonl", "merge_report.json"
+#: What `rrhf_peft.merge` calls it; importing that takes seconds.
+MERGE_REPORT = "merge_report.json"
 EVAL = "eval_"
 
 
@@ -68,8 +65,8 @@ def read_training_run(path: Path) -> TrainingRun:
     Raises:
         UserError: a file is damaged; names file and line.
     """
-    text, recipe = _read_recipe(path / RECIPE)
-    logs = _read_metrics(path / METRICS)
+    text, recipe = read_recipe(path / RECIPE)
+    logs = read_metrics(path / METRICS)
     held_out = [
         {name.removeprefix(EVAL): value for name, value in entry.items() if name.startswith(EVAL) or name == "step"}
         for entry in logs
@@ -88,56 +85,3 @@ def read_training_run(path: Path) -> TrainingRun:
         merge=read_object(path / MERGE_REPORT) if (path / MERGE_REPORT).is_file() else None,
         peft_version=str(adapter["peft_version"]) if "peft_version" in adapter else None,
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Check the run's folder.") from None
-    except ValueError as error:
-        raise UserError(f"{path}: this is not JSON ({error}). Restore the file or leave this run out.") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: this is not a JSON object. Restore the file or leave this run out.")
-    return values
-
-
-def _read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read as a recipe ({reason}). Restore it or leave this run out.") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}: this is not a recipe. Restore the file or leave this run out.")
-    return text, recipe
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last one without its line break is still being written, or was cut by a kill."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except FileNotFoundError:
-        return []  # ended before its first log
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). Restore it or leave this run out.") from None
-    logs = []
-    for place, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            whole = isinstance(entry, dict) and is_number(entry.get("step"))
-        except ValueError:
-            whole = False
-        if not whole:
-            raise UserError(
-                f"{path}, line {place}: this is not the log of a step (a JSON object with the key step). "
-                "Mend or remove the line."
-            )
-        logs.append(entry)
-    return logs

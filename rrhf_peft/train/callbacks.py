@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Remaining
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rrhf_peft.console import terminal
 from rrhf_peft.files import replace_text, writing
 from rrhf_peft.modeling import check_gradients
+from rrhf_peft.progress import Advance
 from rrhf_peft.train.run_folder import read_metrics
-
-#: Without a terminal, one line of progress at most this often, in seconds.
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class GradientCheck(TrainerCallback):
@@ -91,41 +86,26 @@ class MetricsFile(TrainerCallback):
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with loss, pair accuracy, groups/s, time left and, online, the reward; plain lines without a terminal."""
+    """Steps, time left, loss, pair accuracy, groups/s and, online, the reward: a bar, or lines without a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or terminal(stderr=True)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._started = self._last_line = 0.0
-        self._first_step = 0
+        self._advance: Advance | None = None
+        self._shown = 0
         self._reward = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        if not state.is_world_process_zero:
-            return
-        self._started, self._first_step = time.monotonic(), state.global_step
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                Remaining(),
-                TextColumn("{task.fields[numbers]}"),
-                console=self.console,
-                expand=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, numbers="")
+        if state.is_world_process_zero:
+            self._shown = state.global_step
+            self._advance = Advance(self.console, "training", state.max_steps, unit="steps", done=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=state.global_step)
+        """Move the bar, unless the log that follows does."""
+        if not control.should_log:
+            self._show(state)
 
     def on_log(
         self,
@@ -136,42 +116,30 @@ class TrainingProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the newest numbers."""
-        if not state.is_world_process_zero or not logs:
+        if self._advance is None or not logs:
             return
         if "rewards/mean" in logs:
-            self._reward = f"  reward {logs['rewards/mean']:.3f}"
+            self._reward = f", reward {logs['rewards/mean']:.3f}"
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}: held out: {_numbers(logs, 'eval_')}")
+            self._advance.note(f"step {state.global_step}: held out: {_numbers(logs, 'eval_')}")
         elif "loss" in logs:
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, numbers=_numbers(logs, "") + self._reward)
-            else:
-                self._print_line(state, logs)
+            self._show(state, _numbers(logs, "") + self._reward)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the last state of the bar on the screen."""
+        """Clear the bar."""
         self.stop()
 
     def stop(self) -> None:
         """Put the terminal right, also when training ended in an error."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._advance is not None:
+            self._advance.stop()
 
-    def _print_line(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._last_line < SECONDS_BETWEEN_LINES and state.global_step < state.max_steps:
-            return
-        self._last_line = now
-        done = state.global_step - self._first_step
-        left = (now - self._started) / max(done, 1) * (state.max_steps - state.global_step)
-        self.console.print(
-            f"step {state.global_step}/{state.max_steps}  {_numbers(logs, '')}{self._reward}  {_duration(left)} left",
-            highlight=False,
-            soft_wrap=True,
-        )
+    def _show(self, state: TrainerState, text: str | None = None) -> None:
+        if self._advance is not None:
+            self._advance(state.global_step - self._shown, text=text)
+            self._shown = state.global_step
 
 
 def _is_before(entry: dict[str, Any], step: int) -> bool:
@@ -189,10 +157,4 @@ def _numbers(logs: dict[str, Any], prefix: str) -> str:
             break
     if (rate := logs.get(f"{prefix}groups_per_second")) is not None:
         parts.append(f"{rate:,.1f} groups/s" if rate < 100 else f"{rate:,.0f} groups/s")
-    return "  ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return ", ".join(parts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -93,7 +94,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             step = entry["step"] if isinstance(entry, dict) else None
         except (ValueError, KeyError, RecursionError):
             step = None
-        if not isinstance(step, (int, float)) or isinstance(step, bool):
+        if not isinstance(step, (int, float)) or isinstance(step, bool) or not math.isfinite(step):
             raise UserError(
                 f"{path}, line {number}: this is not the log of a step (a JSON object with the key step). "
                 "Fix or remove the line."

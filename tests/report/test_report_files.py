@@ -29,7 +29,7 @@ def test_a_damaged_log_is_named_with_its_line(trained_run: Path, tmp_path: Path)
         (folder / "metrics.jsonl").write_text("\n".join([lines[0], damage, *lines[2:]]) + "\n")
         message = refusal(folder)
         assert f"{folder / 'metrics.jsonl'}, line 2" in message
-        assert "Mend or remove the line" in message
+        assert "Fix or remove the line" in message
 
 
 def test_a_foreign_folder_is_named_with_what_is_wanted(evaluation: Path, tmp_path: Path) -> None:

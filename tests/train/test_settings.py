@@ -95,8 +95,8 @@ def test_the_console_shows_what_the_objective_is_about(tmp_path, tiny_model_fold
     train_recipe(recipe, console=said)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert line["rewards/accuracies"] != pytest.approx(line["pair_accuracy"], abs=0.01)
-    shown = next(text for text in said.file.getvalue().splitlines() if text.startswith("step 2/2"))
-    assert f"pairs {line['rewards/accuracies']:.0%} " in shown
+    shown = next(text for text in said.file.getvalue().splitlines() if text.startswith("training: 2/2 steps"))
+    assert f"pairs {line['rewards/accuracies']:.0%}, " in shown
     assert "groups/s" in shown
     assert "tok/s" not in shown
     assert line["groups_per_second"] > 0
