@@ -430,7 +430,7 @@ def test_the_table_is_as_long_as_it_says() -> None:
     assert verbs >= {*READS_RECIPE, "convert", "merge", "report", "schema", "demo"}
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120, func_only=True)
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_refused(name: str, refused: Refused) -> None:
     command, spoil = CASES[name]
