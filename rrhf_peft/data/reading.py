@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rrhf_peft.data.formats import IMPORTERS, check_format, importer_for, unranked
 from rrhf_peft.data.row_files import data_path, rows_of
 from rrhf_peft.data.rows import UNRATED, Row
-from rrhf_peft.files import replace_text
+from rrhf_peft.files import check_output, replace_text, write_files
 from rrhf_peft.records import RankedGroup, UserError
 
 if TYPE_CHECKING:
@@ -144,6 +144,10 @@ def write_ranked(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) ->
     Raises:
         UserError: no groups, text that is not Unicode, or an unwritable place.
     """
+    replace_text(path, _ranked_lines(path, groups))
+
+
+def _ranked_lines(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) -> str:
     if not groups:
         raise UserError(f"{path}: there are no groups to write. Check the step that made them.")
     lines = []
@@ -155,7 +159,7 @@ def write_ranked(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) ->
         except UnicodeEncodeError:
             raise UserError(f"{path}: group {index} holds text that is not Unicode. Fix it.") from None
         lines.append(line + "\n")
-    replace_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def hold_out(
@@ -270,22 +274,22 @@ def convert(
 
     Args:
         output: The file to write; its name ends in ``.jsonl``.
-        overwrite: Replace an existing `output`.
+        overwrite: Replace an existing `output` that was converted before.
 
     Raises:
-        UserError: the data cannot be read, nothing in it is rated, or `output` exists, is misnamed or
-            cannot be written.
+        UserError: the data cannot be read, nothing in it is rated, or `output` exists and was not converted before,
+            is misnamed, is what is read, or cannot be written.
     """
     output = Path(output)
     if output.suffix != ".jsonl":
         raise UserError(f"{output}: a ranked file is JSON Lines. Choose a name that ends in .jsonl.")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output}: already exists. Choose another name, remove it, or pass --overwrite.")
+    sources = [where] if isinstance(where, (str, os.PathLike)) else where
+    check_output(output, key="--output", reads=sources, overwrite=overwrite)
     groups = read_groups(where, format=format, split=split, revision=revision, max_groups=max_groups)
     written = [group for group in groups if group.responses]
     if not written:
         raise UserError(f"{output}: nothing to write, because none of the {len(groups)} groups has a rated response.")
-    write_ranked(output, written)
+    write_files(output, {output: _ranked_lines(output, written)}, verb="convert")
     return ConversionReport(
         output=str(output),
         groups_read=len(groups),

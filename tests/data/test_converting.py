@@ -65,8 +65,14 @@ def test_an_existing_file_is_replaced_only_when_asked(jsonl, tmp_path):
     with pytest.raises(UserError, match=r"r\.jsonl: already exists"):
         convert(source, output=out)
     assert out.read_text() == "old"
+    with pytest.raises(UserError, match=r"r\.jsonl: has no mark of rrhf-peft"):  # a user's own, for all we know
+        convert(source, output=out, overwrite=True)
+    out.unlink()
+    convert(source, output=out)
     convert(source, output=out, overwrite=True)
     assert len(read_groups(out)) == 2
+    with pytest.raises(UserError, match="is what this run reads"):
+        convert(out, output=out, overwrite=True)
 
 
 def test_a_failed_conversion_leaves_nothing(jsonl, tmp_path):
