@@ -10,10 +10,11 @@ backward pass, so peak memory is that of one chunk however many responses there 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -187,8 +188,9 @@ def _batch_log_probs(
 
     count, slices = _as_everywhere(model, engine, chunks, input_ids.device)
     _warn_of_gathered_weights(engine, count, chunks)
+    forward = functools.partial(_forward_rows, model, engine, original, input_ids, slices, count > 1)
     sums = [
-        _chunk_sums(model, engine, original, input_ids, rows, slices, recompute=number < count - 1)
+        _chunk_sums(forward, rows.to(input_ids.device), recompute=number < count - 1)
         for number, rows in enumerate(chunks + [chunks[-1]] * (count - len(chunks)))
     ]
     order = torch.cat([rows.response for rows in chunks]).argsort().to(input_ids.device)
@@ -203,36 +205,21 @@ def _batch_log_probs(
     return ResponseLogProbs(ordered, response_lengths, padded_length, group)
 
 
-def _chunk_sums(
-    model: Any,
-    engine: LogProbEngine,
-    original: Any,
-    input_ids: torch.Tensor,
-    rows: Rows,
-    slices: int,
-    recompute: bool,
-) -> torch.Tensor:
+def _chunk_sums(forward: Callable[[Rows], torch.Tensor], rows: Rows, recompute: bool) -> torch.Tensor:
     """Sum of log-probs per response of one chunk, float32 [m]; recomputed in backward when asked."""
-    rows = rows.to(input_ids.device)
     if not (recompute and torch.is_grad_enabled()):
-        return _forward_rows(model, engine, original, input_ids, rows, slices)
+        return forward(rows)
     sums: torch.Tensor = checkpoint(
-        _forward_rows,
-        model,
-        engine,
-        original,
-        input_ids,
-        rows,
-        slices,
-        use_reentrant=False,
-        context_fn=lambda: (scores_only(), nullcontext()),
+        forward, rows, use_reentrant=False, context_fn=lambda: (scores_only(), nullcontext())
     )
     return sums
 
 
 def _forward_rows(
-    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, rows: Rows, slices: int
+    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, slices: int, several: bool, rows: Rows
 ) -> torch.Tensor:
+    if several and input_ids.device.type == "cpu":
+        _return_freed_memory()
     arguments: dict[str, Any] = {"input_ids": input_ids[rows.token], "use_cache": False}
     dtype = _compute_dtype(model, input_ids.device)
     if engine.layout == "shared":
@@ -251,6 +238,25 @@ def _forward_rows(
     # FSDP2 computes in its own type, of which the sharded weights and autocast need not know.
     engine.compute_dtype = max(dtype, computed.dtype, key=lambda kind: torch.finfo(kind).eps)
     return torch.segment_reduce(values, "sum", lengths=rows.length, unsafe=True)
+
+
+def _return_freed_memory() -> None:
+    """Between chunks on a CPU: what earlier ones have freed goes back to the system (glibc; elsewhere nothing happens).
+
+    glibc keeps freed blocks below 32 MiB, in pieces that the next chunk's tensors do not always fit, so that peak
+    memory grows with the number of chunks although no chunk needs more. The alternative, a fixed M_MMAP_THRESHOLD,
+    saves another third but maps and clears every tensor anew, at four times the cost (tests/bench/README.md).
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no C library to be had by this way
+        return None
 
 
 def _compute_dtype(model: Any, device: torch.device) -> torch.dtype:

@@ -2,6 +2,7 @@
 
     python tests/bench/step_bench.py                    k = 6 at HH lengths, then k = 2 ... 32
     python tests/bench/step_bench.py --k 6 --repeat 7   one k, more repetitions
+    python tests/bench/step_bench.py --chunks 16 64 128 memory of groups that need many chunks, a process for each k
 
 Both sides run in turn in one process, so the ratio holds when the machine's speed drifts; memory is
 measured in a fresh process for each side, because a process's peak never falls. On a GPU both run
@@ -72,6 +73,12 @@ def llama_30m(device):
     return model.train(), parameters
 
 
+def large_group(k, vocabulary):
+    """A prompt of 100 tokens with k responses of 60."""
+    draw = random.Random(0)
+    return [([draw.randrange(3, vocabulary) for _ in range(n)]) for n in [100, *[60] * k]]
+
+
 def run_side(side, model, groups, scores, device):
     """One forward and backward over all groups, as one micro-batch; returns seconds and the loss."""
     model.zero_grad(set_to_none=True)
@@ -83,7 +90,8 @@ def run_side(side, model, groups, scores, device):
     else:
         batch = as_batch(groups, [score for group in scores for score in group], device)
         batch["scores"] = batch["scores"].to(device)
-        loss, _ = rrhf(install(model).log_probs(model, batch), batch["scores"])
+        engine = install(model, chunk_tokens=1024 if side == "chunks" else "auto")
+        loss, _ = rrhf(engine.log_probs(model, batch), batch["scores"])
     loss.backward()
     _synchronise(device)
     return time.perf_counter() - start, loss.item()
@@ -103,6 +111,9 @@ def measure_memory(side, k, count):
 def memory_of(side, k, count, device):
     model, _ = llama_30m(device)
     groups = hh_shaped_groups(count, k, 32000)
+    if side == "chunks":
+        prompt, *responses = large_group(k, 32000)
+        groups, count = [(prompt, responses)], 1
     scores = [[float(i) for i in range(k)]] * count
     warm_up = hh_shaped_groups(1, 2, 32000, seed=9)
     run_side(side, model, [([3, 4], [[5], [6]])] if side == "plain" else warm_up[:1], [[0.0, 1.0]], device)
@@ -130,11 +141,17 @@ def main():
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", choices=["plain", "engine"])
+    parser.add_argument("--memory-of", choices=["plain", "engine", "chunks"])
+    parser.add_argument("--chunks", type=int, nargs="*", help="groups of this many responses, in chunks of 1024 tokens")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.memory_of:
         memory_of(arguments.memory_of, arguments.k[0], arguments.groups, device)
+        return
+
+    for k in arguments.chunks or ():
+        print(f"k = {k}: {measure_memory('chunks', k, 1) / 2**20:.0f} MiB", flush=True)
+    if arguments.chunks:
         return
 
     model, parameters = llama_30m(device)

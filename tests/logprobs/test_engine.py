@@ -175,6 +175,25 @@ def test_no_full_logits_and_bounded_memory(monkeypatch):
     assert max(seen) <= 5
 
 
+def test_freed_memory_goes_back_between_chunks(monkeypatch):
+    """Of two chunks the first is computed twice; one chunk leaves nothing behind for another."""
+    from rrhf_peft.logprobs import engine as module
+
+    returned = []
+    monkeypatch.setattr(module, "_malloc_trim", lambda: returned.append)
+    model, batch = with_lora(small_llama()), as_batch(random_groups(1, [4, 4], VOCABULARY))
+    install(model).log_probs(model, batch).sum.sum().backward()
+    assert returned == []
+    engine = install(model, chunk_tokens=60)
+    log_probs = engine.log_probs(model, batch)
+    chunks = len(returned)
+    assert chunks > 1
+    log_probs.sum.sum().backward()
+    assert returned == [0] * (2 * chunks - 1)
+    monkeypatch.setattr(module, "_malloc_trim", lambda: None)  # another C library
+    assert torch.equal(install(model, chunk_tokens=60).log_probs(model, batch).sum, log_probs.sum)
+
+
 def test_the_models_own_forward_still_works(tinystories):
     model = AutoModelForCausalLM.from_pretrained(tinystories)
     ids = torch.tensor([[1, 44, 55, 66]])
