@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
-from rrhf_peft.modeling import load_tokenizer, resolve_source
+from rrhf_peft.modeling import load_config, resolve_source, tokenizer_of
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, load_recipe, make_recipe
 from rrhf_peft.recipe.evaluation import PolicySection
 from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
@@ -429,21 +427,9 @@ def _longest_prompt(policy: Policy, prompts: Sequence[RankedGroup]) -> int:
     return max(map(len, encode_prompts(tokenizer, texts, add_bos=add_bos, max_tokens=policy.max_prompt_tokens)))
 
 
-def tokenizer_of(model: ModelSection) -> Any:
-    """The tokenizer of a policy or a judge."""
-    return load_tokenizer(
-        model.tokenizer or model.name,
-        revision=model.revision if model.tokenizer is None else None,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
 def _context(model: ModelSection) -> int | None:
-    config = AutoConfig.from_pretrained(
-        resolve_source(model.name, revision=model.revision),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    source = resolve_source(model.name, revision=model.revision)
+    config = load_config(source, trust_remote_code=model.trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from rrhf_peft.data import TEMPLATES, transcript
 from rrhf_peft.evaluate.folder import OutputFolder
-from rrhf_peft.evaluate.inputs import Plan, tokenizer_of
+from rrhf_peft.evaluate.inputs import Plan
 from rrhf_peft.evaluate.likelihood import text_log_probs
 from rrhf_peft.jobs import Processes, ShardedOutput, fingerprint_of
-from rrhf_peft.modeling import attach_adapter, load_base_model
+from rrhf_peft.modeling import attach_adapter, base_of, tokenizer_of
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.recipe.scoring import JudgeScorer
@@ -145,9 +145,8 @@ def _judge_model(plan: Plan) -> tuple[Any, Any]:
 
 def _loaded(section: ModelSection) -> tuple[Any, Any]:
     """Base model and tokenizer, as sampling loads them."""
-    fields = ("revision", "dtype", "quantization", "double_quant", "attention", "trust_remote_code")
-    model = load_base_model(section.name, **{field: getattr(section, field) for field in fields})
-    return model, tokenizer_of(section)
+    tokenizer = tokenizer_of(section)
+    return base_of(section, tokenizer), tokenizer
 
 
 Item = TypeVar("Item")

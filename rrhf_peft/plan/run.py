@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainingArguments
 
 from rrhf_peft.data import read_groups, tokenize_groups
@@ -27,8 +31,7 @@ from rrhf_peft.modeling import (
 )
 from rrhf_peft.modeling.base_model import DTYPES, load_config
 from rrhf_peft.plan.activations import head_bytes, pass_bytes
-from rrhf_peft.plan.optimizer import is_paged, optimizer_bytes, step_bytes
-from rrhf_peft.plan.weights import Weights, shaped_weights
+from rrhf_peft.plan.weights import Weights, is_paged, optimizer_bytes, shaped_weights, step_bytes
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.scoring import JudgeScorer, RuleScorer
 
@@ -90,9 +93,7 @@ class MemoryPlan:
         return asdict(self)
 
     def __rich__(self) -> Any:
-        from rrhf_peft.plan.view import plan_table
-
-        return plan_table(self)
+        return _table(self)
 
 
 def plan_memory(
@@ -320,3 +321,31 @@ def _unknown(recipe: Recipe, optimizer: str, on_cpu: bool, responses: int, from_
         notes.append(f"the state of optimizer {optimizer}, which is counted as nothing")
     notes.append("loading: the host holds about one weight file at a time; and other programs on the device")
     return notes
+
+
+def _table(plan: MemoryPlan) -> RenderableType:
+    """What takes how much, the sum, and what the sum leaves out."""
+    where = "one GPU" if plan.device == "cuda" else "CPU"
+    if plan.processes > 1:
+        where = f"each of {plan.processes} processes"
+    recomputed = "layers recomputed" if plan.gradient_checkpointing else "layers kept"
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", show_footer=True, footer_style="bold")
+    table.add_column("", "predicted peak")
+    table.add_column("GiB", f"{plan.peak_bytes / 2**30:.2f}", justify="right")
+    table.add_column("counted as", f"{recomputed} in the backward pass")
+    for item in plan.items:
+        table.add_row(item.name, f"{item.bytes / 2**30:.2f}", Text(item.note))
+    parts: list[RenderableType] = [
+        Text(f"Memory plan for {plan.model} on {where}", style="bold underline"),
+        Text(f"{plan.parameters:,} parameters, {plan.trainable:,} values trained"),
+        Text(
+            f"{plan.responses} responses per prompt, "
+            + ("as the longest group of the data" if plan.from_data else "assumed: all as long as data.max_tokens")
+        ),
+        table,
+    ]
+    if plan.host_bytes:
+        parts.append(Text(f"and {plan.host_bytes / 2**30:.2f} GiB of paged optimizer state in host memory"))
+    parts.append(Text("Not in it:"))
+    parts += [Padding(Text(f"- {note}"), (0, 0, 0, 2)) for note in plan.unknown]
+    return Group(*parts)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
+from rrhf_peft.logprobs import install
 from rrhf_peft.modeling import (
     attach_adapter,
     check_gradients,
@@ -316,6 +317,10 @@ def test_only_the_language_model_of_a_multimodal_one_is_trained(
     assert not [name for name in trained if "language_model" not in name and "lm_head" not in name]
     ids = IDS % 70
     policy(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids)).loss.backward()
+    check_gradients(policy)
+    policy.zero_grad()
+    batch = {"input_ids": ids[0, :15], "prompt_lengths": torch.tensor([4]), "response_lengths": torch.tensor([5, 6])}
+    install(policy).log_probs(policy, {**batch, "group": torch.tensor([0, 0])}).sum.sum().backward()
     check_gradients(policy)
     # A trained weight without a gradient stops DistributedDataParallel in its second step.
     assert [name for name, weight in policy.named_parameters() if weight.requires_grad and weight.grad is None] == []

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, Trainer, TrainingArguments
 
 from rrhf_peft.modeling import attach_adapter, load_base_model
-from rrhf_peft.plan.optimizer import OPTIMIZERS, is_paged, optimizer_bytes
-from rrhf_peft.plan.weights import shaped_weights
+from rrhf_peft.plan.weights import OPTIMIZERS, is_paged, optimizer_bytes, shaped_weights
 
 
 def nbytes(tensor: torch.Tensor) -> int:
