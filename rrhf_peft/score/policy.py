@@ -58,15 +58,19 @@ class PolicyScores:
         refuse_beyond_context(model.config, max_tokens, "scoring.scorer.max_tokens", "the policy")
 
     def prove(self, groups: Sequence[RankedGroup]) -> None:
-        """Let the engine settle its layout on the data's first group that has tokens; every process alike."""
-        tokenized = next((tokens for group in groups for tokens in self._tokenized([group])), None)
+        """Let the engine settle its layout on the longest group that has tokens; every process alike.
+
+        What a model reads further back than a layout lets it shows in long groups only.
+        """
+        longest = sorted(groups, key=lambda group: -len(str(group.prompt)) - sum(map(len, group.responses)))
+        tokenized = next((tokens for group in longest for tokens in self._tokenized([group])), None)
         if tokenized is not None:
             prove(self.model, self.engine, self._batch([tokenized]))
 
     def score(self, groups: Sequence[RankedGroup]) -> list[list[float | None]]:
         """p_i of every response, in nats per token for a = 1; None for a response without text."""
         return [
-            [None if own is None else own[0] / own[1] ** self.length_penalty for own in group]
+            [None if value is None else value[0] / value[1] ** self.length_penalty for value in group]
             for group in self.log_probs(groups)
         ]
 

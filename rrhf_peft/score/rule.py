@@ -229,7 +229,7 @@ def rule_source(name: str) -> str:
     """
     function = import_rule(name)
     names = (name.partition(":")[0], getattr(function, "__module__", None) or "")
-    todo = [module for own in names if (module := sys.modules.get(own)) is not None]
+    todo = [module for module in map(sys.modules.get, names) if module is not None]
     folders = {Path(module.__file__).parent for module in todo if module.__file__}
     digests: dict[Path, str] = {}
     while todo:
@@ -276,7 +276,7 @@ def _did_you_mean(module: str) -> str:
     """A module whose name is near, among those beside it."""
     parent, _, last = module.rpartition(".")
     path = getattr(sys.modules.get(parent), "__path__", None) if parent else None
-    near = difflib.get_close_matches(last, [found.name for found in pkgutil.iter_modules(path)], n=1)
+    near = difflib.get_close_matches(last, [info.name for info in pkgutil.iter_modules(path)], n=1)
     return f"; did you mean {f'{parent}.{near[0]}' if parent else near[0]!r}?" if near else ""
 
 

@@ -109,6 +109,75 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path):
     assert (tmp_path / "killed.jsonl").stat().st_mtime_ns == before
 
 
+#: What changes files, as the interpreter's audit hooks call it.
+FILE_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+
+def killed_before_operation(number, folder, work):
+    """Work in a child process that kills itself right before it changes a file that time; whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        done = 0
+
+        def hook(event, arguments):
+            nonlocal done
+            is_write = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in FILE_OPERATIONS and is_write and str(arguments[0]).startswith(str(folder)):
+                done += 1
+                if done == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        code = 1
+        try:
+            sys.addaudithook(hook)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_before_any_change_of_a_file_costs_nothing(tmp_path, overwrite):
+    """The same command ends the work; until then the old output stays, and what is not ours always does."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    score(write_recipe(whole, "out", {"name": "rule", "function": "score_rules:small_letters"}, groups=6))
+    old = {"name": "rule", "function": "score_rules:cost"}
+    kills = 0
+    for number in range(1, 200):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+        if overwrite:
+            score(write_recipe(folder, "out", old, groups=6))
+        before = (folder / "out.jsonl").read_bytes() if overwrite else None
+        recipe = load_recipe(
+            write_recipe(folder, "out", {"name": "rule", "function": "score_rules:small_letters"}, groups=6),
+            needs=["scoring"],
+        )
+
+        def work(recipe=recipe):
+            score_recipe(recipe, overwrite=overwrite, console=Console(quiet=True))
+
+        killed = killed_before_operation(number, folder, work)
+        made = (folder / "out.jsonl").read_bytes() if (folder / "out.jsonl").exists() else None
+        assert made in (before, (whole / "out.jsonl").read_bytes())
+        if killed:
+            kills += 1
+            again = overwrite and (made == before or number % 2 == 0)
+            score_recipe(recipe, overwrite=again, console=Console(quiet=True))
+        for name in ("out.jsonl", "out.report.json"):
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), (number, name)
+        left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        assert left == {"candidates.jsonl", "notes.txt", "out.json", "out.jsonl", "out.report.json"}
+        if not killed:
+            break
+    assert 10 < kills < 150
+
+
 def test_a_kill_between_the_output_and_the_end_leaves_it_to_the_next_run(tmp_path, monkeypatch):
     rule = {"name": "rule", "function": "score_rules:slow_length"}
     score(write_recipe(tmp_path, "whole", rule, groups=10))
