@@ -61,6 +61,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
         "runs/demo"
     ),
+    as_json: AsJson = False,
 ) -> None:
     """Make a small model, rank its own samples, train on the ranks, compare, merge. Needs no network.
 
@@ -72,7 +73,9 @@ def demo(
     """
     from rrhf_peft.demo.run import run_demo
 
-    run_demo(output)
+    run_demo(output, console=terminal(stderr=as_json))
+    if as_json:
+        print_json({"output": str(output)})
 
 
 @app.command()
@@ -353,6 +356,7 @@ def train(
     ignore_changes: Annotated[
         bool, typer.Option("--ignore-changes", help="Resume although the recipe or the data is not what it was.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train an adapter (or all weights) on ranked responses.
 
@@ -385,11 +389,16 @@ def train(
     checked = load_recipe(recipe, overrides or [])
     outcome = train_recipe(checked, resume=resume, overwrite=overwrite, ignore_changes=ignore_changes)
     PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
-    if process_index() == 0:
-        folder = outcome.run_folder
-        say(f"Done: {folder}")
-        if checked.adapter is not None:
-            say(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
+    if process_index() != 0:
+        return
+    folder = outcome.run_folder
+    if as_json:
+        reports = {name: report.to_dict() for name, report in outcome.reports.items()}
+        print_json({"output": str(folder), "metrics": outcome.metrics, "data": reports})
+        return
+    say(f"Done: {folder}")
+    if checked.adapter is not None:
+        say(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
 
 
 @app.command()
@@ -531,6 +540,7 @@ def report(
             "--output", "-o", help="The HTML file. Unset: report.html in the first folder.", show_default=False
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show runs in one HTML file: results, curves, rewards before and after, examples side by side.
 
@@ -545,7 +555,11 @@ def report(
     """
     from rrhf_peft.report.run import write_report
 
-    say(f"Done: {write_report(runs, output)}")
+    page = write_report(runs, output)
+    if as_json:
+        print_json({"output": str(page)})
+    else:
+        say(f"Done: {page}")
 
 
 @app.command()

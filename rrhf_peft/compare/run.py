@@ -11,8 +11,7 @@ import yaml
 from rich.console import Console
 
 from rrhf_peft.console import terminal
-from rrhf_peft.evaluate.evaluation import Evaluation
-from rrhf_peft.evaluate.run import evaluate_recipe
+from rrhf_peft.evaluate.run import Evaluation, evaluate_recipe
 from rrhf_peft.jobs import launched_processes
 from rrhf_peft.recipe import Recipe, load_recipe, make_recipe, recipe_text
 from rrhf_peft.recipe.compare import run_folder

@@ -56,7 +56,7 @@ def rows_of(where: str, *, split: str, revision: str | None = None) -> Iterator[
         return (row for file in files_of_split(path, split) for row in rows_of_file(file))
     if path.exists():
         raise UserError(f"{where}: is neither a file nor a folder (a pipe or a device). Name a file that holds data.")
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", where) and file_type(path) not in READERS:
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", where) and file_type(path) not in (*READERS, ".txt"):
         return rows_of_hub(where, split=split, revision=revision)
     raise UserError(f"{where}: there is no such file or folder{_did_you_mean(path)}. Check the path.")
 

@@ -46,6 +46,22 @@ def test_the_help_of_every_verb_teaches_with_an_example(rrhf: Run, verb: str) ->
     assert f"rrhf-peft {verb}" in result.output.partition("Example")[2]
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_have_the_same_options_for_the_same_things(rrhf: Run, verb: str) -> None:
+    help = rrhf(verb, "--help").output
+    assert "--debug" in help
+    assert verb == "schema" or "--json" in help  # a schema is JSON without being asked
+
+
+def test_training_and_reporting_answer_scripts(rrhf: Run, recipe_file: Path, tmp_path: Path) -> None:
+    trained = json.loads(rrhf("train", recipe_file, "--json").stdout)
+    assert trained["output"] == str(tmp_path / "runs" / "tiny")
+    assert trained["data"]["train"]["groups_read"] == 12
+    assert trained["metrics"]["train_loss"] > 0
+    page = json.loads(rrhf("report", trained["output"], "-o", tmp_path / "page.html", "--json").stdout)["output"]
+    assert Path(page).is_file()
+
+
 def test_help_needs_no_heavy_import() -> None:
     code = "import sys, rrhf_peft.cli; sys.exit(bool({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
