@@ -116,14 +116,14 @@ def diverse_beam_search(
     device = steps.logits.device
     end_tokens = torch.tensor(list(ends), device=device)
     groups = [_Group(count, beams, max_new_tokens, device) for _ in range(num_beam_groups)]
-    places = list(range(count))  # which prompt each row of the groups' tensors is
+    indices = list(range(count))  # which prompt each row of the groups' tensors is
     results: dict[int, list[list[Generated]]] = {}
     for step in range(max_new_tokens):
-        log_probs = steps.logits.log_softmax(-1).view(len(places), num_beam_groups, beams, -1)
+        log_probs = steps.logits.log_softmax(-1).view(len(indices), num_beam_groups, beams, -1)
         scaled = log_probs
         if temperature != 1:
             scaled = (steps.logits / temperature).log_softmax(-1).view_as(log_probs)
-        taken = torch.zeros(len(places), log_probs.shape[-1], device=device)
+        taken = torch.zeros(len(indices), log_probs.shape[-1], device=device)
         parents, tokens = [], []
         for number, group in enumerate(groups):
             parent, token, goes_on = _advance_group(
@@ -145,19 +145,19 @@ def diverse_beam_search(
         left = int(is_open.sum())
         if left == 0 or step == max_new_tokens - 1:
             break
-        rows = torch.cat(parents, 1) + num_beams * torch.arange(len(places), device=device)[:, None]
+        rows = torch.cat(parents, 1) + num_beams * torch.arange(len(indices), device=device)[:, None]
         chosen = torch.cat(tokens, 1)
-        if 2 * left <= len(places):  # copying less of the cache pays when half of the prompts are done
-            for place in (~is_open).nonzero()[:, 0].tolist():
-                results[places[place]] = [group.results(place) for group in groups]
+        if 2 * left <= len(indices):  # copying less of the cache pays when half of the prompts are done
+            for row in (~is_open).nonzero()[:, 0].tolist():
+                results[indices[row]] = [group.results(row) for group in groups]
             kept = is_open.nonzero()[:, 0]
             for group in groups:
                 group.select(kept)
             rows, chosen = rows[kept], chosen[kept]
-            places = [places[place] for place in kept.tolist()]
+            indices = [indices[row] for row in kept.tolist()]
         steps.advance(chosen.flatten(), rows.flatten())
-    for place, prompt in enumerate(places):
-        results[prompt] = [group.results(place) for group in groups]
+    for row, prompt in enumerate(indices):
+        results[prompt] = [group.results(row) for group in groups]
     return [_best_of_each_first(results[prompt]) for prompt in range(count)]
 
 
@@ -211,11 +211,11 @@ def _advance_group(
     return parent.gather(1, running), chosen, goes_on
 
 
-def _take(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """values [B, C, ...] at places [B, n]."""
+def _take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """values [B, C, ...] at indices [B, n]."""
     if values.dim() == 3:
-        places = places[:, :, None].expand(-1, -1, values.shape[2])
-    return values.gather(1, places)
+        indices = indices[:, :, None].expand(-1, -1, values.shape[2])
+    return values.gather(1, indices)
 
 
 def _best_of_each_first(groups: list[list[Generated]]) -> list[Generated]:

@@ -89,15 +89,15 @@ def make_stages(recipe: Recipe) -> list[Stage]:
     """
     assert recipe.sampling is not None
     stages: dict[str, Stage] = {}
-    for place, entry in enumerate(recipe.sampling.candidates):
-        stage = _stage_of(recipe, place, entry)
+    for index, entry in enumerate(recipe.sampling.candidates):
+        stage = _stage_of(recipe, index, entry)
         key = json.dumps(
             [stage.backend, _base_key(stage), stage.adapter, entry.endpoint and entry.endpoint.model_dump()]
         )
-        stages.setdefault(key, stage).entries[place] = entry
-    found = list(stages.values())
-    bases = [_base_key(stage) for stage in found]
-    return sorted(found, key=lambda stage: bases.index(_base_key(stage)))
+        stages.setdefault(key, stage).entries[index] = entry
+    ordered = list(stages.values())
+    bases = [_base_key(stage) for stage in ordered]
+    return sorted(ordered, key=lambda stage: bases.index(_base_key(stage)))
 
 
 def source_of(stage: Stage, entry: CandidatesSection) -> str:
@@ -122,21 +122,25 @@ def decoding_of(entry: CandidatesSection, sampling: SamplingSection | OnlineSect
     )
 
 
-def _stage_of(recipe: Recipe, place: int, entry: CandidatesSection) -> Stage:
+def _stage_of(recipe: Recipe, index: int, entry: CandidatesSection) -> Stage:
     if entry.endpoint is not None:
         return Stage(Path(entry.endpoint.model).name, "endpoint", None, None)
-    own = recipe.model
+    default = recipe.model
     if entry.model is None:
-        if own is None:
+        if default is None:
             raise UserError(
-                f"sampling.candidates.{place}: names no model, and the recipe has no section model. Set model.name, or "
+                f"sampling.candidates.{index}: names no model, and the recipe has no section model. Set model.name, or "
                 "this entry's model or endpoint."
             )
-        model, adapter = own, entry.adapter or own.init_adapter
-    elif own is not None and entry.model == own.name:
-        model, adapter = own, entry.adapter
+        model, adapter = default, entry.adapter or default.init_adapter
+    elif default is not None and entry.model == default.name:
+        model, adapter = default, entry.adapter
     else:
-        held = {} if own is None else own.model_dump(include={"dtype", "quantization", "double_quant", "attention"})
+        held = (
+            {}
+            if default is None
+            else default.model_dump(include={"dtype", "quantization", "double_quant", "attention"})
+        )
         model, adapter = ModelSection(name=entry.model, **held), entry.adapter
     return Stage(Path(adapter or model.name).name, entry.backend, model, adapter)
 
@@ -239,7 +243,7 @@ class _Tokenized:
         if failures:
             progress(len(failures), 0)
         indices = list(encoded)
-        found = self.answer(
+        responses = self.answer(
             [encoded[index] for index in indices],
             [keys[index] for index in indices],
             decoding,
@@ -248,7 +252,7 @@ class _Tokenized:
             too_long=lambda number, reason: failures.update({indices[number]: reason}),
         )
         answers = [Answers([], [failures[index]] if index in failures else []) for index in range(len(prompts))]
-        for index, candidates in zip(indices, found, strict=True):
+        for index, candidates in zip(indices, responses, strict=True):
             answers[index].candidates.extend(candidates)
         return answers
 

@@ -108,7 +108,7 @@ def make_report(rows: Iterable[dict[str, Any]], failed: Iterable[dict[str, Any]]
             removed = counts.setdefault(item["source"], _Counts()).removed
             removed[item["reason"]] = removed.get(item["reason"], 0) + 1
             reasons.update([item["why"]] if "why" in item else [])
-    sources = {name: own.report() for name, own in counts.items()}
+    sources = {name: count.report() for name, count in counts.items()}
     return SampleReport(prompts, responses, sources, without, dict(reasons))
 
 

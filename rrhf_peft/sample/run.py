@@ -101,7 +101,7 @@ def sample_recipe(
             [_EntryWork(stage, index, prompts, texts, sampling, folder, processes) for index in stage.entries]
             for stage in stages
         ]
-        by_entry = {work.index: work for own in works for work in own}
+        by_entry = {work.index: work for group in works for work in group}
         named = [[index, work.shards.fingerprint, work.source] for index, work in sorted(by_entry.items())]
         records = _digest([prompt.row(), prompt.columns, prompt.origin] for prompt in prompts)
         fingerprint = fingerprint_of(named, sampling.keep_provided, keep_all, sampling.template, records)

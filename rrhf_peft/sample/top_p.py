@@ -68,7 +68,7 @@ def sample_rows(
         stop: Strings that end a response.
     """
     copies = len(keys[0])
-    flat = [key for own in keys for key in own]
+    flat = [key for row in keys for key in row]
     uniforms = torch.tensor([uniform_stream(key, max_new_tokens) for key in flat], dtype=torch.float64)
     steps = CachedSteps(model, prompts, pad, copies)
     uniforms = uniforms.to(steps.logits.device)
@@ -82,11 +82,11 @@ def sample_rows(
         chosen = steps.logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         log_probs[rows[alive]] += chosen[alive].double()
         ended = torch.isin(tokens, end_tokens)
-        for place, (row, token, counts) in enumerate(zip(rows.tolist(), tokens.tolist(), alive.tolist(), strict=True)):
+        for index, (row, token, counts) in enumerate(zip(rows.tolist(), tokens.tolist(), alive.tolist(), strict=True)):
             if counts:
                 ids[row].append(token)
                 if stop and stop.hit(ids[row]):
-                    ended[place] = True
+                    ended[index] = True
         alive &= ~ended
         left = int(alive.sum())
         if left == 0 or step == max_new_tokens - 1:
@@ -96,5 +96,5 @@ def sample_rows(
             parents = alive.nonzero()[:, 0]
             rows, tokens, alive = rows[parents], tokens[parents], alive[parents]
         steps.advance(tokens, parents)
-    flat_generated = [Generated(own, total) for own, total in zip(ids, log_probs.tolist(), strict=True)]
+    flat_generated = [Generated(row, total) for row, total in zip(ids, log_probs.tolist(), strict=True)]
     return [flat_generated[start : start + copies] for start in range(0, len(flat), copies)]

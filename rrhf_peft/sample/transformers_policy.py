@@ -75,7 +75,7 @@ def respond(
 
     _refuse_beams_beyond_vocabulary(model, decoding)
     stop, all_ends = StopStrings(tokenizer, decoding.stop), sorted({*end_ids(model, tokenizer), *ends})
-    found: list[list[Candidate]] = [[] for _ in prompts]
+    candidates: list[list[Candidate]] = [[] for _ in prompts]
     order = _within_context(model, prompts, decoding, too_long)
     if progress is not None and len(order) < len(prompts):
         progress(len(prompts) - len(order), 0)
@@ -107,13 +107,13 @@ def respond(
                 )
                 generated = [[]]
             for index, group in zip(batch, generated, strict=True):
-                found[index] = [_candidate(tokenizer, prompts[index], item, all_ends, stop) for item in group]
+                candidates[index] = [_candidate(tokenizer, prompts[index], item, all_ends, stop) for item in group]
             order = order[len(batch) :]
             if progress is not None:
                 progress(len(batch), sum(len(item.ids) for group in generated for item in group))
     finally:
         model.train(was_training)
-    return found
+    return candidates
 
 
 def sample_top_p(
@@ -258,7 +258,7 @@ def _decode_or_none(
                 model, prompts, streams, temperature=decoding.temperature, top_p=decoding.top_p, **limits
             )
         is_diverse = decoding.strategy == "diverse_beam"
-        found = diverse_beam_search(
+        beams = diverse_beam_search(
             model,
             prompts,
             num_beams=decoding.num_beams,
@@ -270,7 +270,7 @@ def _decode_or_none(
             early_stopping=decoding.early_stopping,
             **limits,
         )
-        return [group[: decoding.k] for group in found]
+        return [group[: decoding.k] for group in beams]
     except torch.OutOfMemoryError:
         return None
 

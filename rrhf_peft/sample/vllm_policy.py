@@ -83,12 +83,12 @@ class VllmPolicy:
     ) -> list[list[Candidate]]:
         """The k candidates of each prompt (token ids), in order; see `transformers_policy.respond`."""
         inputs: list[Any] = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        found = (
+        candidates = (
             self._beams(inputs, decoding) if decoding.strategy == "beam" else self._draws(inputs, keys, decoding, ends)
         )
         if progress is not None:
-            progress(len(prompts), sum(item.num_tokens or 0 for group in found for item in group))
-        return found
+            progress(len(prompts), sum(item.num_tokens or 0 for group in candidates for item in group))
+        return candidates
 
     def _draws(
         self, inputs: Sequence[Any], keys: Sequence[str], decoding: Decoding, ends: Sequence[int]
@@ -130,15 +130,15 @@ class VllmPolicy:
         )
         outputs = self._model.beam_search(inputs, settings, lora_request=self._lora)
         stop = StopStrings(self._tokenizer, decoding.stop)
-        found = []
+        candidates = []
         for item, output in zip(inputs, outputs, strict=True):
             prompt = item["prompt_token_ids"]
-            own = []
+            beams = []
             for beam in output.sequences[: decoding.k]:
                 ids = list(beam.tokens[len(prompt) :])
                 text, stopped = stop.cut(response_text(self._tokenizer, prompt, ids))
                 ended = bool(ids) and ids[-1] == self._tokenizer.eos_token_id
                 reason: FinishReason = "stop" if stopped else "eos" if ended else "length"
-                own.append(Candidate(text, len(ids), float(beam.cum_logprob), reason))
-            found.append(own)
-        return found
+                beams.append(Candidate(text, len(ids), float(beam.cum_logprob), reason))
+            candidates.append(beams)
+        return candidates

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -14,7 +16,7 @@ from sample.sample_recipes import MIXED, read_rows, sample_recipe_of, sample_val
 from transformers import AutoTokenizer
 
 from rrhf_peft.data import read_groups, tokenize_groups
-from rrhf_peft.jobs import Processes
+from rrhf_peft.jobs import Processes, ShardedOutput
 from rrhf_peft.modeling import attach_adapter, load_base_model
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
@@ -516,3 +518,32 @@ def test_vllm_in_several_processes_is_refused(tiny_model_folder, tmp_path):
     with pytest.raises(UserError, match="data-parallel-size"):
         refuse_several_vllm(make_stages(recipe), Processes(0, 2))
     refuse_several_vllm(make_stages(recipe), Processes(0, 1))
+
+
+def test_a_full_disk_in_mid_run_is_one_paragraph_and_nothing_sampled_is_lost(tiny_model_folder, tmp_path, monkeypatch):
+    prompts = write_prompts(tmp_path / "prompts.json", 9)  # three units
+    output, expected = tmp_path / "o.jsonl", tmp_path / "expected.jsonl"
+    sample_recipe(sample_recipe_of(tiny_model_folder, prompts, expected, [TOP_P]))
+    write, written = ShardedOutput.write, []
+
+    def until_full(shards, unit, rows):
+        if len(written) == 2:
+            monkeypatch.setattr(os, "fsync", full)
+        written.append(unit)
+        write(shards, unit, rows)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as filling:
+        filling.setattr(ShardedOutput, "write", until_full)
+        with pytest.raises(UserError, match=r"disk is full.*finished is kept") as caught:
+            sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+    with monkeypatch.context() as counting:
+        counting.setattr(ShardedOutput, "write", lambda *arguments: written.append(arguments[1]) or write(*arguments))
+        sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
+    assert written in ([0, 1, 2, 2], [0, 1, 2])  # the last one may have reached the disk all the same
+    assert read_rows(output) == read_rows(expected)
