@@ -396,7 +396,7 @@ def train(
         reports = {name: report.to_dict() for name, report in outcome.reports.items()}
         print_json({"output": str(folder), "metrics": outcome.metrics, "data": reports})
         return
-    say(f"Done: {folder}")
+    say(f"{'Finished before' if outcome.was_finished else 'Done'}: {folder}")
     if checked.adapter is not None:
         say(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
 

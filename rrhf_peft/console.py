@@ -57,6 +57,8 @@ def verb(function: Callable[..., Answer]) -> Callable[..., Answer]:
         for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets escapes in place of an error
             with contextlib.suppress(AttributeError, ValueError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if not sys.stderr.isatty():  # the bars of transformers would fill a log; it reads this when it is imported
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with plain_errors(debug=debug):
             process_index()  # a launcher's variables are checked before anything waits for other processes
             answer = function(*args, **options)

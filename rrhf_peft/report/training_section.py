@@ -16,7 +16,8 @@ _SOURCE = "logps/"
 #: More sources than this are drawn run by run.
 _MOST_SOURCE_PANELS = 9
 #: Logged beside the metrics: no course worth a plot, or one that the recipe has set.
-_NO_CURVE = {"step", "epoch", "learning_rate", "grad_norm", "total_flos", "tokens_saved", "tokens_per_second"}
+_NO_CURVE = {"step", "epoch", "learning_rate", "grad_norm", "total_flos", "tokens_saved"}
+_NO_CURVE |= {"tokens_per_second", "groups_per_second"}
 _NO_CURVE |= {"peak_memory_gib", "runtime", "samples_per_second", "steps_per_second"}
 #: These come first, under these names; what other objectives log follows under its own.
 _TITLES = {
@@ -83,7 +84,7 @@ def _tables(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> list[
         "loss": [_change(run.series("loss")[1], "{:.3f}") for run in runs.values()],
         "pairs right": [_change(run.series("pair_accuracy")[1], "{:.0%}") for run in runs.values()],
         "held out": [_first_last(run.series("pair_accuracy", held_out=True)[1]) for run in runs.values()],
-        "tokens/s": [_median(run.series("tokens_per_second")[1]) for run in runs.values()],
+        "groups/s": [_median(run.series("groups_per_second")[1]) for run in runs.values()],
         "time": [_time(run) for run in runs.values()],
         "peak memory": [memory(run.peak_memory_gib()) for run in runs.values()],
     }
