@@ -564,8 +564,8 @@ def staged_folder(
         UserError: see `check_output` and `lock`; or the disk is full.
     """
     target = Path(target)
-    check_output(target, key=key, folder=True, reads=reads, overwrite=overwrite)
     with lock(target):
+        check_output(target, key=key, folder=True, reads=reads, continues=True)  # the siblings are ours
         _recover(target)
         check_output(target, key=key, folder=True, reads=reads, overwrite=overwrite)
         staging = _sibling(target, "partial")

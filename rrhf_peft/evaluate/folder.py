@@ -25,7 +25,7 @@ from rrhf_peft.records import UserError
 
 EVALUATION, TABLE, RECIPE, PLOTS, MADE_WITH = "evaluation.json", "table.md", "recipe.yaml", "plots", "made_with.json"
 _WRITES = [*(f"{name}/*" for name in ("samples", "scored", "perplexity", "references", "pairs", "wins", PLOTS))]
-_WRITES += [EVALUATION, TABLE, RECIPE, MADE_WITH]
+_WRITES += [EVALUATION, TABLE, RECIPE, MADE_WITH, "report.html"]
 STAGES = ("samples", "scored", "perplexity", "references", "pairs", "wins")
 
 
@@ -79,11 +79,11 @@ class OutputFolder:
                 "change, choose another evaluation.output or another name, or pass --overwrite to evaluate everything "
                 "again."
             )
-        if made.get(EVALUATION) == settings[EVALUATION] and (self.path / TABLE).is_file():
-            return True
         self._begun = end.enter_context(
             begun_folder(self.path, verb="evaluate", writes=_WRITES, overwrite=overwrite, resume=not overwrite)
         )
+        if made.get(EVALUATION) == settings[EVALUATION] and (self.path / TABLE).is_file():
+            return True
         if made.get(EVALUATION) != settings[EVALUATION]:  # what other settings led to must not pass for this one's
             (self.path / TABLE).unlink(missing_ok=True)
             (self.path / EVALUATION).unlink(missing_ok=True)

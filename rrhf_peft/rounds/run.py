@@ -23,7 +23,6 @@ import yaml
 from rich.console import Console
 
 from rrhf_peft.console import terminal
-from rrhf_peft.evaluate.folder import TABLE
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.files import (
     BegunFolder,
@@ -160,11 +159,7 @@ class _Rounds:
         train_recipe(self.stages.training(number), resume=self.is_begun, console=self.console)
 
     def _evaluate(self, number: int) -> None:
-        recipe = self.stages.evaluation(number)
-        assert recipe.evaluation is not None
-        table = Path(recipe.evaluation.output) / TABLE
-        if not self.processes.on_main(table.exists):
-            evaluate_recipe(recipe, console=self.console)
+        evaluate_recipe(self.stages.evaluation(number), console=self.console)
 
     def _tables(self, number: int) -> list[Row]:
         """Write the tables of all rounds so far, and show them if this round is new."""

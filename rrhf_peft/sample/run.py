@@ -166,7 +166,7 @@ def _open(
     if not overwrite and is_finished(output, fingerprint, [failures]):
         if folder.exists():
             work_folder(folder, verb="sample")  # refuses one that is not ours
-            remove(folder)
+        remove(folder)  # also what a kill left of removing it
         return True
     prompts = [sampling.prompts] if isinstance(sampling.prompts, str) else sampling.prompts
     check_output(output, key="sampling.output", reads=prompts, overwrite=overwrite, continues=True, beside=[failures])
