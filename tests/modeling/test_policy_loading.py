@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -25,6 +29,7 @@ from rrhf_peft.modeling import (
     load_tokenizer,
     prepare_for_training,
     read_adapter,
+    sources,
 )
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.records import UserError
@@ -140,6 +145,90 @@ def test_a_cached_model_loads_while_the_hub_does_not_answer(silent_hub: Path, ti
     assert model.name_or_path == "somebody/model"
     adapted = attach_adapter(model, {"r": 2})
     assert adapted.peft_config["default"].base_model_name_or_path == "somebody/model"
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the hub as downloading one model takes; `folder` holds its files, `asked` what was asked for."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+    def _answer(self, *, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(path)
+        files = sorted(file for file in self.folder.iterdir() if file.is_file())
+        commit = "0123456789" * 4
+        if path.startswith("/api/models/somebody/model/tree/"):
+            content = json.dumps(
+                [
+                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"{i:040}"}
+                    for i, f in enumerate(files)
+                ]
+            ).encode()
+        elif path.startswith("/api/models/somebody/model"):
+            siblings = [{"rfilename": file.name} for file in files]
+            content = json.dumps({"id": "somebody/model", "sha": commit, "siblings": siblings}).encode()
+        elif path.startswith("/somebody/model/resolve/") and (self.folder / path.rpartition("/")[2]).is_file():
+            content = (self.folder / path.rpartition("/")[2]).read_bytes()
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("ETag", f'"{hashlib.sha1(path.encode()).hexdigest()}"')
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+def test_a_hub_id_is_downloaded_once_and_only_what_is_needed(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"the same weights again, pickled")
+    handler = type("Handler", (_Hub,), {"folder": folder, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    _use_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+    try:
+        tokenizer = load_tokenizer("somebody/model")
+        assert tokenizer("a").input_ids == load_tokenizer(tiny_model_folder)("a").input_ids
+        assert not [path for path in handler.asked if "safetensors" in path]
+        model = load_base_model("somebody/model")
+        assert torch.equal(model(input_ids=IDS).logits, load_base_model(tiny_model_folder)(input_ids=IDS).logits)
+        assert model.name_or_path == "somebody/model"
+        assert not [path for path in handler.asked if path.endswith(".bin")]
+        with pytest.raises(UserError, match="the hub has no such model"):
+            load_base_model("somebody/else")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _use_hub(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(sources, "HfApi", lambda: HfApi(endpoint=address))
+    monkeypatch.setattr(
+        sources, "snapshot_download", functools.partial(snapshot_download, endpoint=address, cache_dir=str(cache))
+    )
 
 
 @pytest.mark.parametrize(
