@@ -49,6 +49,13 @@ scoring: {scorer: {name: rule, function: "hostile.rules:length"}}
 training: {max_steps: 1, use_cpu: true}
 rounds: {output: runs/rounds, count: 1}
 """
+COMPARE = """\
+model: {name: model}
+data: {train: ranked.jsonl, max_tokens: 64}
+training: {max_steps: 1, use_cpu: true}
+evaluation: {prompts: prompts.txt, decoding: {k: 1, max_new_tokens: 4}}
+compare: {output: runs/compare, objectives: {rrhf: {}, dpo: {beta: 0.1}}}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +72,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
     (folder / "prompts.txt").write_text("One?\nTwo?\n")
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "rounds.yaml").write_text(ROUNDS)
+    (folder / "compare.yaml").write_text(COMPARE)
     (folder / "letter.txt").write_text("somebody's letter\n")
     before = Path.cwd()
     os.chdir(folder)

@@ -26,6 +26,7 @@ READS_RECIPE = {
     "train": "train recipe.yaml",
     "evaluate": "evaluate recipe.yaml",
     "rounds": "rounds rounds.yaml",
+    "compare": "compare compare.yaml",
     "plan": "plan recipe.yaml",
     "inspect": "inspect recipe.yaml",
 }
@@ -200,6 +201,12 @@ for override in (
     "scoring.scorer.function=nowhere:f training.learning_rate=-1 sampling.candidates=[] training.optim=adamw_nowhere"
 ).split():
     add(f"rounds: {override}", f"rounds rounds.yaml {override}")
+for override in (
+    "compare.output= compare.output=. compare.output=letter.txt compare.only=[x] compare.only=[] compare.objectives={} "
+    "compare.objectives.dpo.beta=-1 compare.objectives.dpo.name=x training.output_dir=x training.optim=adamw_nowhere "
+    "model.name=nowhere data.train=nowhere.jsonl training.learning_rate=-1"
+).split():
+    add(f"compare: {override}", f"compare compare.yaml {override}")
 for override in "model.name=nowhere model.name=ranked.jsonl adapter.target_modules=[nowhere] data.max_tokens=0".split():
     add(f"plan: {override}", f"plan recipe.yaml {override}")
 
