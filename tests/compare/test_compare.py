@@ -70,7 +70,7 @@ def test_it_trains_what_is_not_trained_and_compares(
 
 def test_interrupted_it_goes_on(command: list[str], tmp_path: Path) -> None:
     """Ctrl-C in the second training, as soon as it has written its first checkpoint."""
-    words = [*command, "training.save_strategy=steps", "training.save_steps=1", "training.max_steps=40"]
+    words = [*command, "training.save_strategy=steps", "training.save_steps=1", "training.max_steps=12"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "rrhf_peft.compare", *words[1:]],
