@@ -52,6 +52,7 @@ from rrhf_peft.train.run_folder import (
     read_metrics,
     recipe_changes,
     remove_unfinished,
+    weights_damage,
 )
 from rrhf_peft.train.splits import PromptReport, read_splits, tokenize_splits
 from rrhf_peft.train.trainer import RRHFTrainer
@@ -285,7 +286,7 @@ def _where_to_start(
             f"{folder}: training.output_dir already holds files: a finished run, and {_some(changes)}. Pass "
             "--overwrite to replace it, or choose another folder."
         )
-    if is_whole and not changes:
+    if is_whole and not changes and weights_damage(folder) is None:
         return _Start(is_finished=True)
     checkpoint, passed = checkpoint_to_resume(folder, weights_suffice=ignore_changes)
     going_on = f"continuing from {checkpoint}" if checkpoint else "no whole checkpoint yet: starting from the beginning"

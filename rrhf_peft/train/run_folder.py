@@ -264,12 +264,8 @@ def damage(checkpoint: Path, *, weights_suffice: bool = False) -> str | None:
         return f"{TOTALS} is damaged"
     if any(checkpoint.glob("global_step*")) or any(checkpoint.glob("pytorch_model_fsdp*")):
         return None  # DeepSpeed's and FSDP's formats, which check themselves
-    weights = sorted([*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")])
-    if not weights:
-        return "its weights are missing"
-    for path in weights:
-        if not _is_whole_safetensors(path):
-            return f"{path.name} is damaged"
+    if problem := weights_damage(checkpoint):
+        return problem
     count = len(list(checkpoint.glob("rng_state_*.pth")))
     random = [f"rng_state_{process}.pth" for process in range(count)] or ["rng_state.pth"]
     for name in ("optimizer.pt", "scheduler.pt", *random, "scaler.pt"):
@@ -280,6 +276,15 @@ def damage(checkpoint: Path, *, weights_suffice: bool = False) -> str | None:
         elif not _is_whole_archive(path):
             return f"{name} is damaged"
     return None
+
+
+def weights_damage(folder: Path) -> str | None:
+    """Why the adapter or model of a run or a checkpoint is not whole; None if it is."""
+    weights = sorted([*folder.glob("adapter_model.safetensors"), *folder.glob("model*.safetensors")])
+    damaged = [path.name for path in weights if not _is_whole_safetensors(path)]
+    if not weights:
+        return "its weights are missing"
+    return f"{damaged[0]} is damaged" if damaged else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

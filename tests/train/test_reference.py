@@ -210,6 +210,7 @@ def test_a_resumed_run_reads_its_cache(tiny_model_folder, ranked, tmp_path):
     for checkpoint in cut.glob("checkpoint-*"):
         if checkpoint.name != "checkpoint-5":
             (checkpoint / "trainer_state.json").unlink(missing_ok=True)
+    (cut / "adapter_model.safetensors").unlink()
     (cut / FILE).unlink()
     with pytest.raises(UserError, match=r"reference_log_probs\.safetensors: .* are missing"):
         train_recipe(recipe, resume=True)
