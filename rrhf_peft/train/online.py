@@ -30,7 +30,7 @@ from rrhf_peft.data.tokenizing import Counts, why_dropped, without_duplicates
 from rrhf_peft.files import replace_text
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.records import GroupBatch, Mean, RankedGroup, TokenizedGroup, UserError
+from rrhf_peft.records import PER_RESPONSE, GroupBatch, Mean, RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.sample.candidate import Candidate, Decoding
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 from rrhf_peft.score.combine import combined
@@ -341,9 +341,11 @@ class Answers:
 
     Attributes:
         prompt: what was answered.
-        response_ids: of each response, with its EOS unless it was cut.
+        response_ids: of each response, with its end unless it was cut.
         texts: of each response.
         sources: who wrote each.
+        finish_reasons: how sampling ended each; None where that is not known.
+        tokenizer: fingerprint of tokenizer and template that the ids belong to.
         rewards: what the scorer said of each.
         sampled: whether the policy wrote it now.
         kl: log-ratio to the adapter-off policy in nats, as penalised; None where it was not computed.
@@ -355,6 +357,8 @@ class Answers:
     response_ids: list[Sequence[int]]
     texts: list[str]
     sources: list[str]
+    finish_reasons: list[str | None]
+    tokenizer: str
     rewards: list[float]
     sampled: list[bool]
     left_out: list[dict[str, Any]]
@@ -390,6 +394,9 @@ class Answers:
             "rewards": self.rewards,
             "kl": self.kl,
             "num_tokens": [len(ids) for ids in self.response_ids],
+            "token_ids": [list(ids) for ids in self.response_ids],
+            "tokenizers": [self.tokenizer] * len(self.texts),
+            "finish_reasons": self.finish_reasons,
             "sampled": self.sampled,
             "left_out": self.left_out,
             "meta": {"prompt_index": self.prompt.index, "learned": learned},
@@ -407,7 +414,8 @@ def answers_of(
 ) -> Answers:
     """Keep the responses that have a text and a reward, each once.
 
-    A response of the policy's that was cut at its length gets no EOS: the policy did not end there.
+    The policy's own responses are the very tokens that it sampled; text may be spelled with others. One that was cut at
+    its length gets no end: the policy did not end there.
 
     Args:
         prompt: with the provided responses to keep, which come first.
@@ -420,15 +428,14 @@ def answers_of(
     texts = [*prompt.responses, *(candidate.text for candidate in candidates)]
     sources = [*prompt.sources, *[own_source] * len(candidates)]
     provided = len(prompt.responses)
-    unknown = [None] * provided
-    group = RankedGroup(
-        prompt.prompt,
-        texts,
-        rewards,
-        sources,
-        finish_reasons=[*unknown, *(candidate.finish_reason for candidate in candidates)],
-        index=prompt.index,
-    )
+    own: dict[str, list[Any]] = {
+        "finish_reasons": [candidate.finish_reason for candidate in candidates],
+        "num_tokens": [candidate.num_tokens for candidate in candidates],
+        "token_ids": [candidate.token_ids for candidate in candidates],
+        "tokenizers": [None if candidate.token_ids is None else encoder.fingerprint for candidate in candidates],
+    }
+    sampled_as: dict[str, Any] = {name: [*prompt.sampled_as[name], *own[name]] for name in PER_RESPONSE}
+    group = RankedGroup(prompt.prompt, texts, rewards, sources, index=prompt.index, **sampled_as)
     left_out = [
         {"response": text, "source": source, "reason": "not scored" if text.strip() else "empty"}
         for text, source, reward in zip(texts, sources, rewards, strict=True)
@@ -446,6 +453,8 @@ def answers_of(
         response_ids=[item.ids for item in kept],
         texts=[texts[place] for place in stay],
         sources=[sources[place] for place in stay],
+        finish_reasons=[sampled_as["finish_reasons"][place] for place in stay],
+        tokenizer=encoder.fingerprint,
         rewards=rewards_kept,
         sampled=[place >= provided for place in stay],
         left_out=left_out,

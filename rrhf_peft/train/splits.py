@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from rrhf_peft.data import TEMPLATES, hold_out, prompt_text, read_groups, tokenize_groups
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.records import Message, RankedGroup, UserError
+from rrhf_peft.records import PER_RESPONSE, Message, RankedGroup, UserError
 from rrhf_peft.sample.prompts import encode_prompts
 
 
@@ -90,6 +90,7 @@ class OnlinePrompt:
         prompt_ids: what the policy continues and is trained on.
         responses: what the data holds for it; ranked with the new ones where that is asked for.
         sources: who wrote each of these.
+        sampled_as: `PER_RESPONSE` name -> what is known of how each of these was sampled.
     """
 
     index: int
@@ -97,6 +98,7 @@ class OnlinePrompt:
     prompt_ids: Sequence[int]
     responses: list[str]
     sources: list[str]
+    sampled_as: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in PER_RESPONSE})
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ def tokenize_prompts(
             array("i", ids),
             list(group.responses) if keep_provided else [],
             list(group.sources) if keep_provided else [],
+            {name: list(getattr(group, name)) if keep_provided else [] for name in PER_RESPONSE},
         )
         for index, (group, ids) in enumerate(zip(groups, cut, strict=True))
         if overlong_prompt == "truncate" or index not in overlong
@@ -197,5 +200,6 @@ def tokenize_prompts(
 def _fingerprint(prompts: Sequence[OnlinePrompt]) -> str:
     digest = hashlib.sha256()
     for item in prompts:
-        digest.update(json.dumps([item.index, list(item.prompt_ids), item.responses, item.sources]).encode())
+        provided = [item.responses, item.sources, item.sampled_as]
+        digest.update(json.dumps([item.index, list(item.prompt_ids), *provided], default=list).encode())
     return digest.hexdigest()

@@ -15,9 +15,12 @@ from train.online_rules import PROMPTS, letters, online_recipe, write_prompts
 from train.ranked_files import logged, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rrhf_peft.data import read_groups
+from rrhf_peft.data import Encoder, read_groups
+from rrhf_peft.sample.candidate import Candidate
 from rrhf_peft.train import online
+from rrhf_peft.train.online import answers_of
 from rrhf_peft.train.run import train_recipe
+from rrhf_peft.train.splits import OnlinePrompt
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,8 @@ def refreshes(run):
 
 
 def rows(run, step):
-    return [json.loads(line) for line in (run / "online" / f"step-{step:06}.jsonl").read_text().splitlines()]
+    text = (run / "online" / f"step-{step:06}.jsonl").read_text()
+    return [json.loads(line) for line in text.split("\n") if line]  # a sampled text may hold other ends of lines
 
 
 @pytest.mark.parametrize(
@@ -74,8 +78,8 @@ def test_the_kl_is_that_of_two_plain_forwards(tiny_model_folder, prompts, tmp_pa
     expected_kl = {}
     for row in rows(run, 3):
         prompt = [1, *tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]]
-        for text, length in zip(row["responses"], row["num_tokens"], strict=True):
-            response = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][:length]
+        for text, response in zip(row["responses"], row["token_ids"], strict=True):
+            assert tokenizer.decode(response, skip_special_tokens=True) == text
             expected_kl[row["prompt"], text] = (prompt, response, -plain_log_prob(base, prompt, response))
     policy = PeftModel.from_pretrained(base, run / "checkpoint-3").eval()
     for row in rows(run, 3):
@@ -87,6 +91,21 @@ def test_the_kl_is_that_of_two_plain_forwards(tiny_model_folder, prompts, tmp_pa
             assert row["scores"][place] == pytest.approx(row["rewards"][place] - 0.3 * row["kl"][place], abs=1e-9)
             compared += abs(expected) > 0.01
     assert compared > 20
+
+
+def test_answers_are_trained_on_as_the_tokens_that_were_sampled(tiny_model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    encoder, eos = Encoder(tokenizer, "raw"), tokenizer.eos_token_id
+    broken = tokenizer("über", add_special_tokens=False)["input_ids"][:1]  # half a character
+    text = tokenizer.decode(broken)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] != broken  # it cannot be had back from the text
+    known = {"finish_reasons": ["length"], "num_tokens": [2], "token_ids": [None], "tokenizers": [None]}
+    prompt = OnlinePrompt(0, "say:", [1, 5], ["cut off"], ["file"], known)
+    sampled = [Candidate(text, 2, -1.0, "eos", [*broken, eos]), Candidate(text * 2, 2, -1.0, "length", broken * 2)]
+    answers = answers_of(prompt, sampled, "online", [1.0, 2.0, 3.0], encoder, max_tokens=64)
+    assert list(map(list, answers.response_ids[1:])) == [[*broken, eos], broken * 2]
+    assert answers.response_ids[0][-1] != eos  # provided, and known to be cut
+    assert answers.finish_reasons == ["length", "eos", "length"]
 
 
 def test_a_large_penalty_keeps_the_policy_near_the_base(tiny_model_folder, prompts, tmp_path):
