@@ -35,11 +35,9 @@ from rrhf_peft.modeling import (
 )
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import UserError
-from rrhf_peft.sample.policies import decoding_of
 from rrhf_peft.train.callbacks import MetricsFile, TrainingProgress
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.model_card import write_model_card
-from rrhf_peft.train.online import OnlineTrainer, make_reward
 from rrhf_peft.train.run_folder import (
     METRICS,
     RECIPE,
@@ -348,6 +346,9 @@ def _trainer(recipe: Recipe, train_dataset: Any, **common: Any) -> RRHFTrainer:
     online = recipe.online
     if online is None:
         return RRHFTrainer(train_dataset=train_dataset, **common)
+    from rrhf_peft.sample.policies import decoding_of  # here: training on given groups opens none of sampling
+    from rrhf_peft.train.online import OnlineTrainer, make_reward
+
     source = online.decoding.source or f"{online.decoding.strategy}:online"
     return OnlineTrainer(
         train_dataset=train_dataset,
@@ -373,7 +374,7 @@ def _summary(trainer: RRHFTrainer) -> str:
     model: Any = trainer.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     args, count = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
-    what = "prompts" if isinstance(trainer, OnlineTrainer) else "groups"
+    what = "groups" if type(trainer) is RRHFTrainer else "prompts"
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return (
         f"training {trained:,} parameters on {count:,} {what}, {per_step} per step "
