@@ -140,7 +140,7 @@ def _changes(then: Any, now: Any, key: str = "") -> list[str]:
     if then == now:
         return []
     if key.endswith("_sha256"):
-        return [f"{key.removesuffix('_sha256').replace('_', ' ')} has another content"]
+        return [f"{key.removesuffix('_sha256')} has another content"]
     return [f"{key} was {json.dumps(then, ensure_ascii=False)} and is {json.dumps(now, ensure_ascii=False)}"]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
-from rrhf_peft.modeling import load_config, resolve_source, tokenizer_of
+from rrhf_peft.modeling import load_config, resolve_source, tokenizer_of, weights_fingerprint
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, load_recipe, make_recipe
 from rrhf_peft.recipe.evaluation import PolicySection
 from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
@@ -25,6 +25,7 @@ from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.policies import Stage, check_adapters, make_stages
 from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.score.rule import load_rule
+from rrhf_peft.score.run import files_of_scorer
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,10 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
 
     prompts = _digest([item.prompt for item in plan.prompts])
     own_model = None if plan.recipe.model is None else plan.recipe.model.model_dump(mode="json")
+    files = {label: files_of_scorer(scorer, plan.recipe) for label, scorer in section.scorers.items()}
+    named = None if section.perplexity is None else section.perplexity.model
+    judge_model = plan.recipe.model if named is None else ModelSection(name=named)
+    judge_weights = None if judge_model is None else weights_fingerprint(judge_model.name, judge_model.revision)
     for name, evaluated in plan.policies.items():
         described = evaluated.stage.describe()
         policy = {"model": described["model"], "adapter": described["adapter"], "weights_sha256": described["files"]}
@@ -224,11 +229,11 @@ def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
         for label, scorer in section.scorers.items():
             own = scorer.model_dump(mode="json", exclude=set(scorer.EFFORT))
             reads_model = {"model": own_model} if '"name": "policy"' in json.dumps(own) else {}
-            add("scored", name, {"scorer": own, "seed": section.seed, **reads_model}, label)
+            digests = {f"{read}_sha256": digest for read, digest in files[label].items()}
+            add("scored", name, {"scorer": own, "seed": section.seed, **reads_model, **digests}, label)
         if section.perplexity is not None:
-            model = section.perplexity.model or own_model
-            judge = {"judge": model, "dtype": section.perplexity.dtype, "template": plan.judge_template}
-            add("perplexity", name, judge)
+            judge = {"judge": section.perplexity.model or own_model, "dtype": section.perplexity.dtype}
+            add("perplexity", name, {**judge, "weights_sha256": judge_weights, "template": plan.judge_template})
         for stage_name, groups in (("references", plan.references), ("pairs", plan.pairs)):
             if groups:
                 digest = _digest([[own.prompt, own.responses, list(own.scores)] for own in groups])

@@ -1,7 +1,7 @@
 """All rounds of a recipe, one stage after the other, from wherever an earlier run of the command was stopped.
 
 recipe.yaml              the resolved recipe, written before anything else
-inputs.json              digests of the data files that it names
+inputs.json              digests of the data, the models and the rules that it names
 rounds.json, table.md    the numbers of all finished rounds
 base/, round-1/ ...      the stages (`rrhf_peft.rounds.stages`)
 """
@@ -34,13 +34,14 @@ from rrhf_peft.files import (
     retired_folder,
 )
 from rrhf_peft.jobs import Processes, exclusive, fingerprint_of, launched_processes
+from rrhf_peft.modeling import weights_fingerprint
 from rrhf_peft.recipe import Recipe, recipe_text
 from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer
 from rrhf_peft.records import UserError
 from rrhf_peft.rounds.stages import RoundFolder, Stages, policy_name, write_slice
 from rrhf_peft.rounds.table import Row, read_rows, rows_table, write_tables
 from rrhf_peft.sample.run import sample_recipe
-from rrhf_peft.score.run import score_recipe
+from rrhf_peft.score.run import files_of_scorer, score_recipe
 from rrhf_peft.train.run import train_recipe, training_config
 from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
 
@@ -207,8 +208,11 @@ def open_rounds(output: Path, recipe: Recipe, *, overwrite: bool) -> Iterator[Be
 
 
 def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Key of the recipe -> data file or folder that it names -> digest of its content; hub ids are left out."""
-    evaluation = recipe.evaluation
+    """Key of the recipe -> what it names -> digest of its content; of data, hub ids are left out.
+
+    Every round looks at what its own stages read; this is for what has to be the same in all of them.
+    """
+    evaluation, scoring = recipe.evaluation, recipe.scoring
     named: dict[str, Any] = {"data.eval": recipe.data.eval}
     if recipe.sampling is not None:
         named["sampling.prompts"] = recipe.sampling.prompts
@@ -220,6 +224,18 @@ def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
         digests = {path: _digest(Path(path)) for path in paths if os.path.exists(path)}
         if digests:
             inputs[key] = digests
+    entries = recipe.sampling.candidates if recipe.sampling is not None else ()
+    models = {"model.name": recipe.model.name, "model.init_adapter": recipe.model.init_adapter}
+    for index, entry in enumerate(entries):
+        models |= {f"sampling.candidates.{index}.{key}": getattr(entry, key) for key in ("model", "adapter")}
+    read = {key: {name: weights_fingerprint(name)} for key, name in models.items() if name is not None}
+    if scoring is not None:
+        read["scoring.scorer"] = files_of_scorer(scoring.scorer, recipe)
+    for label, scorer in (evaluation.scorers if evaluation is not None else {}).items():
+        read[f"evaluation.scorers.{label}"] = files_of_scorer(scorer, recipe)
+    for key, found in read.items():
+        if known := {name: digest for name, digest in found.items() if digest is not None}:
+            inputs[key] = known
     return inputs
 
 

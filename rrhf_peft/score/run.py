@@ -265,27 +265,38 @@ def _made_from(recipe: Recipe, groups: Sequence[RankedGroup], least_responses: i
     section = recipe.scoring
     texts = ([group.prompt, group.responses, group.sources, group.columns["raw_scores"]] for group in groups)
     settings = [_without_effort(section.scorer), section.seed, section.unit_groups, least_responses]
-    made_from: dict[str, str | None] = {
+    return {
         "the settings of the scorer": fingerprint_of(settings),
         "scoring.input": fingerprint_of(*texts),
+        **files_of_scorer(section.scorer, recipe),
     }
-    for part in _parts(section.scorer).values():
+
+
+def files_of_scorer(scorer: Any, recipe: Recipe) -> dict[str, str | None]:
+    """A digest of each file or model that a scorer's scores depend on, by what a user calls it.
+
+    Args:
+        scorer: any scorer's section.
+        recipe: for scorers that read more of it.
+    """
+    digests: dict[str, str | None] = {}
+    for part in _parts(scorer).values():
         if isinstance(part, RuleScorer):
-            made_from[f"the code of the rule {part.function}"] = rule_source(part.function)
+            digests[f"the code of the rule {part.function}"] = rule_source(part.function)
         elif isinstance(part, RewardModelScorer):
             for name in filter(None, (part.model, part.base, part.tokenizer)):
                 revision = part.revision if name == part.model else None
-                made_from[f"the reward model's files in {name}"] = weights_fingerprint(name, revision)
+                digests[f"the reward model's files in {name}"] = weights_fingerprint(name, revision)
         elif isinstance(part, PolicyScorer):
             model, adapter = policy_of(part, recipe)
-            made_from["the settings of the policy"] = fingerprint_of(model.model_dump(mode="json"), adapter)
-            made_from[f"the policy's weights in {model.name}"] = weights_fingerprint(model.name, model.revision)
+            digests["the settings of the policy"] = fingerprint_of(model.model_dump(mode="json"), adapter)
+            digests[f"the policy's weights in {model.name}"] = weights_fingerprint(model.name, model.revision)
             if adapter is not None:
-                made_from[f"the adapter in {adapter}"] = weights_fingerprint(adapter)
+                digests[f"the adapter in {adapter}"] = weights_fingerprint(adapter)
         elif isinstance(part, HumanScorer):
             for sheet in part.annotations:
-                made_from[f"the ranks in {sheet}"] = weights_fingerprint(sheet)
-    return made_from
+                digests[f"the ranks in {sheet}"] = weights_fingerprint(sheet)
+    return digests
 
 
 def _refuse_changes(shards: ShardedOutput, made_from: Mapping[str, str | None]) -> None:

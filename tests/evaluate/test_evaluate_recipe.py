@@ -348,6 +348,27 @@ def test_an_adapter_that_was_trained_again_is_noticed(tiny_model_folder, trained
         evaluate_recipe(evaluation_recipe(tiny_model_folder, tmp_path, **settings))
 
 
+def test_another_rule_or_another_judge_is_noticed(tiny_model_folder, tmp_path, monkeypatch):
+    """Also where all was finished: the numbers are those of the first rule and the first judge."""
+    (tmp_path / "rules_of_one.py").write_text("def one(prompt, responses):\n    return [1.0] * len(responses)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    judge = tmp_path / "judge"
+    shutil.copytree(tiny_model_folder, judge)
+    scorers = {"one": {"name": "rule", "function": "rules_of_one:one"}}
+    settings = {"scorers": scorers, "perplexity": {"model": str(judge)}}
+    recipe = evaluation_recipe(tiny_model_folder, tmp_path, **settings)
+    evaluate_recipe(recipe)
+    assert evaluate_recipe(recipe).was_finished
+    (tmp_path / "rules_of_one.py").write_text("def one(prompt, responses):\n    return [2.0] * len(responses)\n")
+    with pytest.raises(UserError, match=r"the code of the rule rules_of_one:one has another content"):
+        evaluate_recipe(recipe)
+    (tmp_path / "rules_of_one.py").write_text("def one(prompt, responses):\n    return [1.0] * len(responses)\n")
+    config = json.loads((judge / "config.json").read_text())
+    (judge / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
+    with pytest.raises(UserError, match=r"perplexity/base.jsonl: was made with other settings \(weights has another"):
+        evaluate_recipe(recipe)
+
+
 def test_wins_by_a_judge_who_favours_a_position(tiny_model_folder, trained, tmp_path):
     with judge_server(lambda call: '{"ranks": {"A": 1, "B": 2}}') as (url, server):
         judge = {"name": "judge", "base_url": url, "model": "the-judge"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -195,6 +196,28 @@ def test_a_changed_held_out_file_is_refused(tiny_model_folder, tmp_path):
     with open(prompts, "a", encoding="utf-8") as file:
         file.write("\n")
     with pytest.raises(UserError, match=rf"evaluation\.prompts: {prompts} has another content"):
+        open_rounds(output, recipe, overwrite=False)
+
+
+def test_another_base_or_another_rule_between_two_rounds_is_refused(tiny_model_folder, tmp_path, monkeypatch):
+    """What is finished of the rounds was made with the first ones, and a round of its own would not notice."""
+    (tmp_path / "rules_of_rounds.py").write_text("def one(prompt, responses):\n    return [1.0] * len(responses)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model, output = tmp_path / "model", tmp_path / "rounds"
+    shutil.copytree(tiny_model_folder, model)
+    rule = {"name": "rule", "function": "rules_of_rounds:one"}
+    recipe = make_recipe(evaluated(round_values(model, tmp_path, scoring={"scorer": rule}), tmp_path), needs=NEEDS)
+    open_rounds(output, recipe, overwrite=False)
+    (output / "round-1").mkdir()
+    open_rounds(output, recipe, overwrite=False)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
+    with pytest.raises(UserError, match=rf"model\.name: {model} has another content"):
+        open_rounds(output, recipe, overwrite=False)
+    (model / "config.json").write_text((tiny_model_folder / "config.json").read_text())
+    open_rounds(output, recipe, overwrite=False)
+    (tmp_path / "rules_of_rounds.py").write_text("def one(prompt, responses):\n    return [2.0] * len(responses)\n")
+    with pytest.raises(UserError, match=r"scoring\.scorer: the code of the rule rules_of_rounds:one has another"):
         open_rounds(output, recipe, overwrite=False)
 
 
