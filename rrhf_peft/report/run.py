@@ -6,17 +6,27 @@ Content-Security-Policy forbids what somebody might smuggle into a model's answe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rrhf_peft import __version__
 from rrhf_peft.files import replace_text
 from rrhf_peft.plotting import Style, styles
 from rrhf_peft.records import UserError
-from rrhf_peft.report import data_section, evaluation_section, rounds_section, training_section
-from rrhf_peft.report.blocks import Facts, Paragraph, Section
-from rrhf_peft.report.runs import Runs, read_runs, run_names
+from rrhf_peft.report.folders import Runs, read_runs, run_names
+from rrhf_peft.report.sections import (
+    data_section,
+    evaluation_section,
+    listed,
+    merge_section,
+    recipes_section,
+    rounds_section,
+    training_in_words,
+    training_section,
+)
 
 #: By this the page is known as a report, and only a report is replaced by the next one.
 GENERATOR = '<meta name="generator" content="rrhf-peft report">'
@@ -42,64 +52,48 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
     target = output if output is not None else paths[0] / "report.html"
     runs = read_runs(paths)  # first: a wrong folder is what a user would want to hear of
     _refuse_other_files(target)
-    title = "Report on " + _listed(run_names(paths))
-    replace_text(target, render(title, summary(runs), sections(runs), versions(runs)))
+    # What training alone shows opens the page where no section says the result first.
+    opening = [] if runs.evaluations or runs.rounds else training_in_words(runs.training)
+    title = "Report on " + listed(run_names(paths), 4)
+    replace_text(target, render(title=title, opening=opening, sections=sections(runs), made_with=versions(runs)))
     return target
 
 
-def sections(runs: Runs) -> list[Section]:
+def sections(runs: Runs) -> list[dict[str, Any]]:
     """What there is to show, the result first."""
     look = _styles(runs)
-    found: list[Section] = []
-    for place, (name, rounds) in enumerate(runs.rounds.items(), 1):
-        found.append(rounds_section.rounds_section(name, rounds, f"rounds-{place}"))
+    shown: list[dict[str, Any] | None] = []
+    for index, (name, rounds) in enumerate(runs.rounds.items(), 1):
+        shown.append(rounds_section(name, rounds, f"rounds-{index}"))
         if rounds.evaluation is not None:
-            found.append(
-                evaluation_section.evaluation_section(
-                    name,
-                    rounds.evaluation,
-                    look,
-                    f"rounds-evaluation-{place}",
-                    title=f"All policies of {name}",
-                )
-            )
-    for place, (name, evaluation) in enumerate(runs.evaluations.items(), 1):
+            anchor, title = f"rounds-evaluation-{index}", f"All policies of {name}"
+            shown.append(evaluation_section(rounds.evaluation, look, anchor, title=title))
+    for index, (name, evaluation) in enumerate(runs.evaluations.items(), 1):
         title = "Evaluation" if len(runs.evaluations) == 1 else f"Evaluation: {name}"
-        found.append(evaluation_section.evaluation_section(name, evaluation, look, f"evaluation-{place}", title=title))
+        shown.append(evaluation_section(evaluation, look, f"evaluation-{index}", title=title))
     if runs.training:
-        found.append(training_section.training_section(runs.training, look, "training"))
-        data = data_section.data_section(runs.training, "data")
-        found += [data] if data is not None else []
+        shown += [training_section(runs.training, look, "training"), data_section(runs.training, "data")]
     if runs.merges:
-        found.append(data_section.merge_section(runs.merges, "merge"))
+        shown.append(merge_section(runs.merges, "merge"))
     if runs.training:
-        found.append(training_section.recipes_section(runs.training, "recipes"))
-    return [section for section in found if section.blocks]
+        shown.append(recipes_section(runs.training, "recipes"))
+    return [section for section in shown if section is not None]
 
 
-def summary(runs: Runs) -> list[Paragraph]:
-    """What a reader in a hurry takes away, where no section says it first: what training alone shows."""
-    if runs.evaluations or runs.rounds:
-        return []
-    return [Paragraph(sentence) for sentence in training_section.in_words(runs.training)]
-
-
-def versions(runs: Runs) -> Facts:
+def versions(runs: Runs) -> list[tuple[str, str]]:
     """What this page was made with, and by which peft the adapters were saved."""
     facts = [("rrhf-peft", __version__)]
     for name in _LIBRARIES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             facts.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
     saved_by = sorted({run.peft_version for run in runs.training.values() if run.peft_version is not None})
     if saved_by:
         facts.append(("adapters saved by", ", ".join(f"peft {version}" for version in saved_by)))
-    return Facts(facts)
+    return facts
 
 
-def render(title: str, opening: list[Paragraph], found: list[Section], made_with: Facts) -> str:
-    """The page as HTML; every text in it is escaped."""
+def render(**page: Any) -> str:
+    """The page as HTML out of what page.html names; every text in it is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -109,9 +103,7 @@ def render(title: str, opening: list[Paragraph], found: list[Section], made_with
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(
-        title=title, opening=opening, sections=found, made_with=made_with
-    )
+    return environment.get_template("page.html").render(page)
 
 
 def _styles(runs: Runs) -> dict[str, Style]:
@@ -133,9 +125,3 @@ def _refuse_other_files(target: Path) -> None:
         raise UserError(
             f"{target}: is there already and is no report of rrhf-peft, so it is not replaced. Choose another --output."
         )
-
-
-def _listed(names: list[str]) -> str:
-    if len(names) > 4:
-        return f"{', '.join(names[:3])} and {len(names) - 3} more"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

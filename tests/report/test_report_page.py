@@ -12,8 +12,8 @@ import pytest
 from report.conftest import ATTACK, policy, write_evaluation
 from report.html_page import Page
 
+from rrhf_peft.report.folders import read_training_run
 from rrhf_peft.report.run import write_report
-from rrhf_peft.report.training_run import read_training_run
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,20 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     bare = Page(write_report([write_evaluation(tmp_path / "bare", {"base": policy(None, responses=None)})]))
     assert bare.pictures() == {}
     assert bare.headings[1:] == ["Versions"]
+
+
+def test_two_judges_of_a_comparison_have_columns_of_their_own(tmp_path: Path) -> None:
+    shares = {"policy": "after", "against": "base", "tie": 0.0, "prompts": 6}
+    wins = [{**shares, "by": "vader", "win": 0.75, "lose": 0.25}, {**shares, "by": "judge", "win": 0.5, "lose": 0.5}]
+    folder = write_evaluation(tmp_path / "evaluation", {"base": policy(0.1), "after": policy(0.7)}, wins=wins)
+    text = Page(write_report([folder])).text
+    for said in (
+        "win / tie / lose v. base, vader",
+        "win / tie / lose v. base, judge",
+        "75% / 0% / 25%",
+        "50% / 0% / 50%",
+    ):
+        assert said in text
 
 
 def test_values_that_are_no_numbers_are_dashes(tmp_path: Path) -> None:
