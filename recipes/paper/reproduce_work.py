@@ -1,9 +1,7 @@
 """One row of one seed, from its recipe to its numbers, in whichever process; done once, continued after a kill.
 
-A row's recipe is the YAML of `small/` with three changes: the folder `runs/reproduce/seed-0` in it becomes
-that of the seed, the model's name becomes the one given, and every `seed` in it becomes the seed.
-
-Left to others: which rows there are (`reproduce_rows`), in what order they run (`reproduce`).
+A row's recipe is the YAML of `small/` and what it extends, with three changes: the folder `runs/reproduce/seed-0`
+becomes that of the seed, the model's name becomes the one given, and every `seed` becomes the seed.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from reproduce_rows import ROWS, Row
 from rich.console import Console
 
 from rrhf_peft.files import replace_text
-from rrhf_peft.recipe import Recipe, make_recipe, recipe_text
+from rrhf_peft.recipe import Recipe, make_recipe, read_recipe, recipe_text
 
 #: What recipes in `small/` write into.
 OUTPUT_IN_RECIPES = "runs/reproduce"
@@ -51,15 +49,15 @@ class Setup:
 
     def recipe(self, row: Row, seed: int) -> Recipe:
         """The row's recipe as it is run for this seed."""
-        text = row.recipe.read_text(encoding="utf-8")
+        text = yaml.safe_dump(read_recipe(row.recipe), sort_keys=False)
         text = text.replace(f"{OUTPUT_IN_RECIPES}/seed-0/", f"{self.output}/seed-{seed}/")
         values = yaml.safe_load(text.replace(f"{OUTPUT_IN_RECIPES}/", f"{self.output}/"))
         values["model"]["name"] = self.model
         for section in values.values():
             if isinstance(section, dict) and "seed" in section:
                 section["seed"] = seed
-        own = [override for override in self.overrides if override.partition(".")[0] in values]
-        return make_recipe(values, str(row.recipe), own, needs=())
+        overrides = [override for override in self.overrides if override.partition(".")[0] in values]
+        return make_recipe(values, str(row.recipe), overrides, needs=())
 
     def fingerprint(self, row: Row, seed: int) -> str:
         """Of the row's recipe, the stories, and the rows that it reads: who has the same has the same result."""
@@ -82,7 +80,7 @@ class Setup:
 def start_worker() -> None:
     """Once in each worker process: one thread, and a quiet end at Ctrl-C, of which the driver speaks for all.
 
-    All that any row needs is imported now, so that a row's seconds are its own.
+    All that any row needs is imported now, so that a row's seconds hold none of it.
     """
     import torch
 
@@ -99,7 +97,7 @@ def run_row(setup: Setup, name: str, seed: int) -> dict[str, float]:
     Noted are also the processor's seconds: on a machine that has other work to do they say what the row costs.
 
     Raises:
-        UserError: anything the user can mend.
+        UserError: anything the user can fix.
     """
     from transformers.utils import logging
 

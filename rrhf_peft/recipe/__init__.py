@@ -2,7 +2,7 @@
 
 from rrhf_peft.recipe.compare import CompareSection
 from rrhf_peft.recipe.evaluation import EvaluationSection
-from rrhf_peft.recipe.loading import json_schema, load_recipe, make_recipe, recipe_text
+from rrhf_peft.recipe.loading import json_schema, load_recipe, make_recipe, read_recipe, recipe_text
 from rrhf_peft.recipe.objectives import RRHFObjective, SFTObjective, takes_from_base
 from rrhf_peft.recipe.online import OnlineSection
 from rrhf_peft.recipe.rounds import RoundsSection
@@ -37,6 +37,7 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "make_recipe",
+    "read_recipe",
     "recipe_text",
     "takes_from_base",
 ]

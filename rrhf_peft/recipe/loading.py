@@ -121,6 +121,15 @@ def load_recipe(
     return _checked(values, str(path), lines, overrides, needs)
 
 
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of a recipe file merged over those of the recipe that it extends, not yet checked.
+
+    Raises:
+        UserError: a file is missing, is not YAML, or extends itself.
+    """
+    return _read(Path(path), ())[0]
+
+
 def make_recipe(
     values: Mapping[str, Any],
     where: str = "recipe",
@@ -202,6 +211,8 @@ def _partial(schema: Any) -> Any:
             continue
         if key == "$ref":
             changed[key] = item.replace("#/$defs/", "#/$defs/Partial")
+        elif key == "additionalProperties" and isinstance(item, dict):
+            changed[key] = {"anyOf": [_partial(item), {"type": "null"}]}
         elif key == "properties":
             changed[key] = {name: {"anyOf": [_partial(value), {"type": "null"}]} for name, value in item.items()}
         else:  # without its kind, a scorer may fit several

@@ -22,7 +22,7 @@ from reward_folders import value_head_state
 
 from rrhf_peft.compare.run import evaluation_recipe, objective_recipe
 from rrhf_peft.evaluate.run import evaluate_recipe
-from rrhf_peft.recipe import load_recipe, make_recipe
+from rrhf_peft.recipe import load_recipe, make_recipe, read_recipe
 from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES
 from rrhf_peft.rounds.run import run_rounds
 from rrhf_peft.sample.run import sample_recipe
@@ -32,7 +32,7 @@ from rrhf_peft.train.run import train_recipe
 PAPER = sorted((ROOT / "recipes" / "paper" / "paper").glob("*.yaml"))
 COMPARE = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
 WOMBAT = sorted((ROOT / "recipes" / "wombat").glob("*.yaml"))
-TRAINED_7B = [path for path in (*PAPER, *WOMBAT) if "training:" in path.read_text(encoding="utf-8").splitlines()]
+TRAINED_7B = [path for path in (*PAPER, *WOMBAT) if "training" in read_recipe(path)]
 EVALUATED = ("table", "best_of_4", "reward_model_accuracy")
 
 
@@ -66,11 +66,11 @@ def test_the_folders_are_in_the_index() -> None:
 @pytest.mark.parametrize("name", ["bp", "sp", "dp", "d", "p"])
 def test_the_papers_settings_sample_as_the_sampling_recipes_do(name: str) -> None:
     """Those are run by tests of their own."""
-    own, other = load_recipe(paper(name)), load_recipe(ROOT / "recipes" / "sampling" / f"{name}.yaml", needs=[])
+    whole, other = load_recipe(paper(name)), load_recipe(ROOT / "recipes" / "sampling" / f"{name}.yaml", needs=[])
     paths = {"output"}
-    assert own.sampling.model_dump(exclude=paths) == other.sampling.model_dump(exclude=paths)
-    assert own.scoring.input == own.sampling.output
-    assert own.data.train == own.scoring.output
+    assert whole.sampling.model_dump(exclude=paths) == other.sampling.model_dump(exclude=paths)
+    assert whole.scoring.input == whole.sampling.output
+    assert whole.data.train == whole.scoring.output
 
 
 def test_the_papers_rows_differ_in_what_they_are_about() -> None:
@@ -124,7 +124,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: P
 
 def in_miniature(name: str, model: Path, hh: Path, reward: dict[str, str], folder: Path, *changes: str):
     """The recipe with its models, data and sizes replaced, and nothing else."""
-    values = yaml.safe_load(paper(name).read_text(encoding="utf-8"))
+    values = read_recipe(paper(name))
     if "model" in values:
         values["model"].update(name=str(model), dtype="float32")
     for section in ("sampling", "evaluation"):
@@ -143,7 +143,7 @@ def in_miniature(name: str, model: Path, hh: Path, reward: dict[str, str], folde
         if "pairs" in evaluation:
             evaluation.update(pairs=str(hh), max_tokens=128)
         if "policies" in evaluation:
-            evaluation["policies"] = {own: {"model": str(model)} for own in list(evaluation["policies"])[:2]}
+            evaluation["policies"] = {policy: {"model": str(model)} for policy in list(evaluation["policies"])[:2]}
     scorers = [values.get("scoring", {}).get("scorer"), values.get("online", {}).get("scorer")]
     for scorer in [*scorers, *evaluation.get("scorers", {}).values()]:
         if scorer is not None:

@@ -145,6 +145,7 @@ def test_the_json_schema_takes_every_shipped_recipe(path: Path, validator: jsons
 
 def test_the_json_schema_knows_incomplete_recipes(validator: jsonschema.Draft202012Validator) -> None:
     validator.validate({"extends": "a.yaml", "data": {"eval_size": None}, "scoring": {"scorer": {"template": "hh"}}})
+    validator.validate({"extends": "a.yaml", "evaluation": {"policies": {"base": None, "mine": {"adapter": "run"}}}})
     validator.validate({"rounds": {"output": "runs/x"}, "sampling": {"prompts": "a"}})
     for bad in (
         {"extends": 3},
