@@ -45,6 +45,8 @@ AnyPath = str | os.PathLike[str]
 Content = str | bytes | Iterable[str]
 
 MARK = ".rrhf-peft.json"
+#: What `rrhf-peft report` writes into the folder that it reports on, if no other place is named.
+REPORT = "report.html"
 _SIBLINGS = ".*.rrhf-peft.*"
 #: Writing failed for a reason outside of the program -> how a user says it.
 _DISK = {
@@ -399,6 +401,7 @@ def check_output(
         raise UserError(f"{start}: cannot be written ({above} is {reason}). {_CHOOSE}")
     mark = read_mark(target)
     for path in map(Path, beside):
+        _refuse_what_is_read(path, f"{path}, which is written beside {target}", reads)
         if why := _why_not_ours_file(path, mark):
             raise UserError(f"{path}: {why}, and is written beside {target}. Move it away, or choose another name.")
     if folder:
@@ -574,9 +577,8 @@ def staged_folder(
                 staging.mkdir(parents=True)
             _write_mark(staging / MARK, Mark(verb, writes=["*"], state="begun"))
             yield staging
-            _write_mark(
-                staging / MARK, Mark(verb, writes=[glob.escape(file) for file in _files_in(staging) if file != MARK])
-            )
+            written = [glob.escape(file) for file in _files_in(staging) if file != MARK]
+            _write_mark(staging / MARK, Mark(verb, writes=[*written, REPORT]))
             with writing(target):
                 if target.exists():
                     target.rename(_sibling(target, "retired"))

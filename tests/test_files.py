@@ -101,6 +101,7 @@ def test_overwrite_replaces_only_when_the_block_ended_well(tmp_path: Path) -> No
     with pytest.raises(RuntimeError), staged_folder(target, overwrite=True):
         raise RuntimeError
     assert names(target) == {"old", ".rrhf-peft.json"}
+    (target / "report.html").write_text("of `rrhf-peft report`, which can be made again")
     with staged_folder(target, overwrite=True) as staging:
         (staging / "new").write_text("2")
     assert names(target) == {"new", ".rrhf-peft.json"}
@@ -421,4 +422,4 @@ def test_marks_name_what_made_them(tmp_path: Path) -> None:
     values = json.loads((tmp_path / "merged" / ".rrhf-peft.json").read_text())
     assert values["made_by"] == "rrhf-peft"
     assert values["verb"] == "merge"
-    assert values["writes"] == ["config.json"]
+    assert values["writes"] == ["config.json", "report.html"]

@@ -20,12 +20,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rrhf_peft.evaluate.statistics import Interval
-from rrhf_peft.files import BegunFolder, begun_folder, check_output, read_mark, replace_text
+from rrhf_peft.files import REPORT, BegunFolder, begun_folder, check_output, read_mark, replace_text
 from rrhf_peft.records import UserError
 
 EVALUATION, TABLE, RECIPE, PLOTS, MADE_WITH = "evaluation.json", "table.md", "recipe.yaml", "plots", "made_with.json"
 _WRITES = [*(f"{name}/*" for name in ("samples", "scored", "perplexity", "references", "pairs", "wins", PLOTS))]
-_WRITES += [EVALUATION, TABLE, RECIPE, MADE_WITH, "report.html"]
+_WRITES += [EVALUATION, TABLE, RECIPE, MADE_WITH, REPORT]
 STAGES = ("samples", "scored", "perplexity", "references", "pairs", "wins")
 
 

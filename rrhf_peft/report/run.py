@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_peft import __version__
-from rrhf_peft.files import replace_text
+from rrhf_peft.files import REPORT, replace_text
 from rrhf_peft.plotting import Style, styles
 from rrhf_peft.records import UserError
 from rrhf_peft.report.folders import Runs, read_runs, run_names
@@ -49,7 +49,7 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> Path:
         UserError: a folder is none of these kinds or damaged, matplotlib is not installed, or the file is there
             and no report, or cannot be written.
     """
-    target = output if output is not None else paths[0] / "report.html"
+    target = output if output is not None else paths[0] / REPORT
     runs = read_runs(paths)  # first: a wrong folder is what a user would want to hear of
     _refuse_other_files(target)
     # What training alone shows opens the page where no section says the result first.

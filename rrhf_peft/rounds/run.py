@@ -25,6 +25,7 @@ from rich.console import Console
 from rrhf_peft.console import terminal
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.files import (
+    REPORT,
     BegunFolder,
     begun_folder,
     check_output,
@@ -47,7 +48,7 @@ from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
 
 RECIPE, INPUTS = "recipe.yaml", "inputs.json"
 #: What rounds write in their folder.
-WRITES = (RECIPE, INPUTS, "rounds.json", "table.md", "report.html", "base/*", "round-*/*")
+WRITES = (RECIPE, INPUTS, "rounds.json", "table.md", REPORT, "base/*", "round-*/*")
 #: May change between two runs of the command: how far to go, and what changes no result.
 _HARMLESS = HARMLESS_KEYS | {"rounds.count", "sampling.batch_tokens", "evaluation.batch_tokens"}
 _EFFORT = tuple(JudgeScorer.EFFORT | PolicyScorer.EFFORT | RewardModelScorer.EFFORT)

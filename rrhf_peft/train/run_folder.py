@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rrhf_peft.files import remove, replace_text
+from rrhf_peft.files import REPORT, remove, replace_text
 from rrhf_peft.records import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ WRITES = (
         DATA_REPORT,
         METRICS,
         CIRCUMSTANCES,
+        REPORT,
         "README.md",
         "checkpoint-[0-9]*/*",
-        "reference_log_probs.safetensors",
     ),
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json", "generation_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "training_args.bin"),

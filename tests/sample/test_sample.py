@@ -411,6 +411,13 @@ def test_the_prompts_are_not_overwritten(tiny_model_folder, tmp_path):
     with pytest.raises(UserError, match="is what this run reads"):
         sample_recipe(sample_recipe_of(tiny_model_folder, prompts, prompts, [TOP_P]), overwrite=True)
     assert prompts.read_text() == '{"prompt": "mine"}\n'
+    failed = tmp_path / "o.failures.jsonl"  # which a run without failures removes
+    prompts.rename(failed)
+    with pytest.raises(
+        UserError, match=r"o\.failures\.jsonl, which is written beside .*o\.jsonl: is what this run reads"
+    ):
+        sample_recipe(sample_recipe_of(tiny_model_folder, failed, tmp_path / "o.jsonl", [TOP_P]))
+    assert failed.read_text() == '{"prompt": "mine"}\n'
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

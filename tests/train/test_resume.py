@@ -366,6 +366,7 @@ def test_an_occupied_folder_is_left_alone_unless_told(tiny_model_folder, ranked,
     (again / "notes.txt").unlink()
     (again / "checkpoint-99").mkdir()
     (again / "checkpoint-99" / "stale").touch()
+    (again / "report.html").touch()  # what `rrhf-peft report` leaves there
     train_recipe(small_recipe(tiny_model_folder, ranked, again), overwrite=True)
     assert not (again / "checkpoint-99").exists()
 
