@@ -82,8 +82,8 @@ def plain_errors(*, debug: bool = False) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except KeyboardInterrupt:
-        print_error("Interrupted.", title=None)
+    except KeyboardInterrupt as error:
+        print_error(" ".join(["Interrupted.", *map(str, error.args)]), title=None)
         raise typer.Exit(130) from None
     except (Exception, SystemExit) as error:
         try:

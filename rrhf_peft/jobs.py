@@ -60,6 +60,8 @@ Row = dict[str, Any]
 
 #: Longer than any run: a process that dies takes the others with it through the launcher.
 _PATIENCE = timedelta(days=30)
+#: How long the processes of a launch may take to find one another.
+_TIME_TO_JOIN = timedelta(minutes=10)
 #: How long a shared file system may take to show one host what another one wrote.
 _SECONDS_TO_SEE = 60.0
 
@@ -124,6 +126,9 @@ def launched_processes() -> Iterator[Processes]:
 
     Where a process group is open already, as a trainer leaves it, it stays open and is not waited in: it may be
     one for GPUs, and lose its patience after minutes. The waiting has a gloo group of its own beside it.
+
+    Raises:
+        UserError: not all processes that the variables tell of have come.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -134,12 +139,28 @@ def launched_processes() -> Iterator[Processes]:
     end_with_launcher()
     beside = dist.is_initialized()
     if not beside:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        try:  # to find one another takes minutes at most; the work has no limit
+            store, rank, _ = next(dist.rendezvous("env://", timeout=_TIME_TO_JOIN))
+        except dist.DistError as error:
+            raise not_all_came(error) from None
+        store.set_timeout(_PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     group = dist.new_group(backend="gloo", timeout=_PATIENCE) if beside else dist.group.WORLD
     try:
         yield Processes(dist.get_rank(), count, group)
     finally:
         dist.destroy_process_group(group)
+
+
+def not_all_came(error: Exception) -> UserError:
+    """What to say where processes that WORLD_SIZE tells of have not found one another."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    count, address, port = (os.environ.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return UserError(
+        f"not all {count} processes that the variable WORLD_SIZE tells of have met at MASTER_ADDR={address}, "
+        f"MASTER_PORT={port} ({reason}). Start all of them with `accelerate launch` or torchrun; for a single one, "
+        "unset these variables."
+    )
 
 
 def end_with_launcher() -> None:
@@ -163,8 +184,13 @@ def whole_models() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(output: AnyPath, processes: Processes) -> Iterator[None]:
+def exclusive(output: AnyPath, processes: Processes, *, goes_on: bool = True) -> Iterator[None]:
     """Work on an output (a file or a folder) as the only run that does; every process of the launch calls it.
+
+    Args:
+        output: what is made.
+        processes: of this launch.
+        goes_on: whether the same command continues an interrupted run, so that Ctrl-C can say so.
 
     Raises:
         UserError: on all processes: another run holds it, it cannot be written there, or the processes do not see the
@@ -179,7 +205,12 @@ def exclusive(output: AnyPath, processes: Processes) -> Iterator[None]:
         processes.on_main(enter)
         if processes.count > 1:
             _refuse_unshared(output, processes)
-        yield
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if goes_on:  # of nested ones the outermost, which is what the user has called
+                error.args = (f"What was finished of {output} is kept: the same command continues there.",)
+            raise
         processes.wait_for_all()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from processes import run_processes
+from processes import free_port, run_processes
 
 from rrhf_peft import jobs
 from rrhf_peft.files import replace_text
@@ -255,3 +256,31 @@ def test_processes_without_a_shared_file_system_are_told_at_the_start(tmp_path):
 def test_one_process_needs_no_launch():
     assert Processes(0, 1).on_main(lambda: 3) == 3
     assert Processes(0, 1).from_all(3) == [3]
+
+
+def lonely(monkeypatch):
+    """The variables of a process whose fellows never come."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_launch_of_which_some_never_come_ends_with_a_reason(monkeypatch):
+    lonely(monkeypatch)
+    monkeypatch.setattr(jobs, "_TIME_TO_JOIN", timedelta(seconds=1))
+    said = r"not all 2 processes that the variable WORLD_SIZE tells of have met .*unset these"
+    with pytest.raises(UserError, match=said), launched_processes():
+        pass
+
+
+def test_ctrl_c_says_where_the_command_goes_on(tmp_path):
+    """Of an evaluation, which samples inside of itself, and not of that."""
+    alone = Processes(0, 1)
+
+    def interrupted(**options):
+        with exclusive(tmp_path / "outer", alone, **options), exclusive(tmp_path / "inner", alone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=f"What was finished of {tmp_path}/outer is kept: the same command"):
+        interrupted()
+    assert names(tmp_path) == set()

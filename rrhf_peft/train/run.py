@@ -22,7 +22,7 @@ from transformers.integrations import is_fsdp_enabled
 from rrhf_peft.console import terminal
 from rrhf_peft.data import DataReport
 from rrhf_peft.files import begun_folder, check_output, disk_trouble, read_mark
-from rrhf_peft.jobs import exclusive, launched_processes
+from rrhf_peft.jobs import exclusive, launched_processes, not_all_came
 from rrhf_peft.modeling import (
     attach_adapter,
     base_of,
@@ -103,7 +103,7 @@ def train_recipe(
     with launched_processes() as processes, contextlib.ExitStack() as held:
         choices: dict[str, bool] = {"resume": resume, "ignore_changes": ignore_changes}
         processes.on_main(lambda: _refuse_folder(folder, recipe, resume=resume, overwrite=overwrite))
-        held.enter_context(exclusive(folder, processes))
+        held.enter_context(exclusive(folder, processes, goes_on=False))
         set_seed(args.seed)
         resolve_source(recipe.model.name, revision=recipe.model.revision)  # before anything that takes longer
         tokenizer = tokenizer_of(recipe.model)
@@ -164,6 +164,8 @@ def training_config(recipe: Recipe) -> RRHFConfig:
         args = _config(recipe, fields)
     except UserError:
         raise
+    except torch.distributed.DistError as error:
+        raise not_all_came(error) from None
     except Exception as error:  # whatever a library makes of a value
         key = next((key for key in fields if _is_accepted(recipe, {**fields, key: None})), None)
         start = (

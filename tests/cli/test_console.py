@@ -48,6 +48,7 @@ def test_square_brackets_in_a_message_are_not_markup() -> None:
 def test_an_interruption_exits_with_130() -> None:
     result = outcome_of(KeyboardInterrupt())
     assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    assert outcome_of(KeyboardInterrupt("All is kept.")).stderr == "Interrupted. All is kept.\n"
 
 
 def test_a_full_gpu_is_answered_with_what_to_lower() -> None:
