@@ -123,6 +123,13 @@ def _without_middle(name: str, width: int) -> str:
     return f"{name[: width - 1 - end]}…{name[-end:]}"
 
 
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Centred mean over `window` values, fewer at both ends."""
+    half = window // 2
+    parts = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
+    return [math.fsum(part) / len(part) for part in parts]
+
+
 def log_scale_if_wide(axis: Any, values: Sequence[float], ratio: float) -> None:
     """Give an axis a logarithmic scale, labelled 10, 20, 50, where positive values lie further apart than `ratio`."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

@@ -1,4 +1,4 @@
-"""A small base model of the quickstart's own stories, trained on this machine once and then cached.
+"""A small base model of the demo's own stories, trained on this machine once and then cached.
 
 A BPE tokenizer and a two-layer Llama, from nothing, in under a minute on one CPU core: small, but an
 ordinary transformers folder that quantises, trains and merges like a large one.
@@ -6,11 +6,13 @@ ordinary transformers folder that quantises, trains and merges like a large one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
-from rrhf_peft.demo.corpus import Story, make_stories
-from rrhf_peft.demo.surroundings import one_thread, quiet_libraries
+from rrhf_peft.demo.stories import Story, make_stories
 from rrhf_peft.files import staged_folder
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -62,8 +64,8 @@ class BaseSize:
 
 def cache_folder() -> Path:
     """Where made models are kept: $RRHF_PEFT_CACHE, else $XDG_CACHE_HOME/rrhf-peft, else ~/.cache/rrhf-peft."""
-    if own := os.environ.get("RRHF_PEFT_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("RRHF_PEFT_CACHE"):
+        return Path(folder)
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "rrhf-peft"
 
@@ -192,3 +194,31 @@ def _batches(
                 input_ids[row, :length] = torch.tensor(prompt + rest)
                 labels[row, len(prompt) : length] = torch.tensor(rest)
             yield input_ids, labels
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: matrices this small keep several waiting, the more so on a busy machine.
+
+    The order of additions, and so the result, is then the same for any number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back, for a while, transformers' own progress bars and what PEFT says about transformers' names."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+            yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()

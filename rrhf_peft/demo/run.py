@@ -1,34 +1,36 @@
 """The whole way in a few minutes: base, samples, scores, QLoRA with RRHF, before and after, merge.
 
-Everything runs through the same functions as a real run; only the text, the base model and the reward
-are the quickstart's own.
+Everything runs through the same functions as a real run; only the text, the base model and the reward are the demo's.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from rrhf_peft import __version__
 from rrhf_peft.console import terminal
 from rrhf_peft.data import tokenize_groups, write_ranked
-from rrhf_peft.demo.base import cached_base, make_base
-from rrhf_peft.demo.comparison import Measured, measure
-from rrhf_peft.demo.corpus import make_prompts
-from rrhf_peft.demo.plots import can_plot, save_figure
-from rrhf_peft.demo.size import FULL, DemoSize
-from rrhf_peft.demo.surroundings import Timer, one_thread, quiet_libraries
-from rrhf_peft.demo.view import Heading, bar, closing, note
+from rrhf_peft.demo.base import BaseSize, cached_base, make_base, one_thread, quiet_libraries
+from rrhf_peft.demo.comparison import Measured, comparison_table, measure, save_figure, side_by_side
+from rrhf_peft.demo.stories import make_prompts
 from rrhf_peft.files import replace_text, staged_folder
 from rrhf_peft.merge.report import render_report
 from rrhf_peft.merge.run import merge_adapter
 from rrhf_peft.modeling import load_base_model, load_tokenizer
+from rrhf_peft.progress import progress
 from rrhf_peft.recipe import Recipe, make_recipe, recipe_text
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.transformers_policy import sample_top_p
@@ -39,11 +41,61 @@ RULE = "rrhf_peft.demo.cheerfulness:cheerfulness"
 TOP_P = 0.95
 SEED = 0
 _MADE_BY = "rrhf-peft demo"
+_STEPS = 5
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """Sizes of every step of the demo.
+
+    Attributes:
+        base: The base model.
+        train_prompts: Prompts whose samples are trained on.
+        heldout_prompts: Prompts that only measure.
+        k: Responses per training prompt.
+        heldout_k: Responses per held-out prompt, before and after.
+        max_new_tokens: Longest response in tokens.
+        sampling_batch: Responses generated at the same time.
+        rank: Of the LoRA matrices; lora_alpha is twice that.
+        epochs: Passes over the ranked groups.
+        groups_per_step: Prompts per optimizer step.
+        learning_rate: At the peak of the cosine.
+    """
+
+    base: BaseSize = field(default_factory=BaseSize)
+    train_prompts: int = 320
+    heldout_prompts: int = 100
+    k: int = 6
+    heldout_k: int = 4
+    max_new_tokens: int = 96
+    sampling_batch: int = 240
+    rank: int = 16
+    epochs: int = 4
+    groups_per_step: int = 8
+    learning_rate: float = 2e-3
+
+
+#: What `rrhf-peft demo` does.
+FULL = DemoSize()
+
+#: The same base model and less of everything else: for the walkthrough.
+BRIEF = DemoSize(train_prompts=160, heldout_prompts=60, heldout_k=2)
+
+#: Seconds instead of minutes: a base model that has hardly learned to write.
+TINY = DemoSize(
+    base=BaseSize(stories=800, epochs=2, hidden_size=64, heads=4, vocab_size=512),
+    train_prompts=24,
+    heldout_prompts=12,
+    k=4,
+    heldout_k=2,
+    max_new_tokens=64,
+    epochs=1,
+)
 
 
 @dataclass(frozen=True)
 class DemoOutcome:
-    """What the demo found; the same numbers are in report.json.
+    """What the demo measured; the same numbers are in report.json.
 
     Attributes:
         output: The folder with everything it made.
@@ -77,36 +129,45 @@ def run_demo(output: Path | str, *, size: DemoSize = FULL, console: Console | No
     _claim(output)
     with quiet_libraries(), one_thread():
         outcome, merge_report = _run(output, size, console)
-    _write_report(outcome, merge_report)
-    if can_plot():
-        save_figure(output / "before_after.png", outcome.before, outcome.after, outcome.mean_of_max, output / "run")
-    closing(console, output, draw_prompts(size)[1], outcome.before, outcome.after, outcome.mean_of_max)
-    picture = f", a picture in {output}/before_after.png" if can_plot() else ""
-    note(console, f"{sum(outcome.seconds.values()):.0f} s in all. Every number is in {output}/report.json{picture}.")
+    before, after, seconds = outcome.before, outcome.after, outcome.seconds
+    report = {
+        "made_by": _MADE_BY,
+        "version": __version__,
+        "finished": True,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "mean_of_group_max": outcome.mean_of_max,
+        "before": asdict(before),
+        "after": asdict(after),
+        "merge": merge_report,
+    }
+    replace_text(output / "report.json", json.dumps(report, indent=2) + "\n")
+    picture = ""
+    if importlib.util.find_spec("matplotlib") is not None:
+        save_figure(output / "before_after.png", before, after, outcome.mean_of_max, output / "run")
+        picture = f", a picture in {output}/before_after.png"
+    console.print(comparison_table(before, after, outcome.mean_of_max))
+    _note(
+        console,
+        "More reward is worth something only while the texts stay language: collapsed ones would show as a "
+        "perplexity many times the base's, or as few different word pairs.",
+    )
+    console.print()
+    for part in side_by_side(draw_prompts(size)[1], before, after, count=3):
+        console.print(part)
+    console.print()
+    console.print(_next_steps(output), soft_wrap=True)  # commands stay whole for copying
+    console.print()
+    _note(console, f"{sum(seconds.values()):.0f} s in all. Every number is in {output}/report.json{picture}.")
     return outcome
 
 
 def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, dict[str, Any]]:
     """The five steps; returns the outcome and the merge report."""
-    heading, timer, rule = Heading(console, 5), Timer(), load_rule(RULE)
+    rule, seconds = load_rule(RULE), dict[str, float]()
     prompts, heldout = draw_prompts(size)
 
-    heading(
-        "A base model",
-        "A small Llama that writes little stories, made on this machine from text that this project generates. "
-        "The same beginning may turn out cheerful, plain or sad.",
-    )
-    with timer("base"):
-        _place_base(output / "base", size, console)
-
-    heading(
-        "Candidates and their scores",
-        f"The base, held in 4 bits (NF4), continues {len(prompts)} beginnings {size.k} times each. A rule scores how "
-        "cheerful each continuation is: it stands in for your reward model, judge or annotators.",
-    )
-
-    def sampled(model: Any, prompts: list[str], k: int, what: str, seed: int) -> list[list[str]]:
-        with bar(console, what, len(prompts) * k) as advance:
+    def sampled(model: Any, prompts: list[str], k: int, title: str, seed: int) -> list[list[str]]:
+        with _bar(console, title, len(prompts) * k, unit="responses") as advance:
             return sample_top_p(
                 model,
                 tokenizer,
@@ -119,12 +180,28 @@ def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, d
                 progress=advance,
             )
 
-    def ranked(prompts: list[str], k: int, what: str, seed: int) -> list[RankedGroup]:
-        texts = sampled(base, prompts, k, what, seed)
-        pairs = zip(prompts, texts, strict=True)
-        return [RankedGroup(prompt, own, rule(prompt, own), ["top_p:base"] * k) for prompt, own in pairs]
+    def ranked(prompts: list[str], k: int, title: str, seed: int) -> list[RankedGroup]:
+        pairs = zip(prompts, sampled(base, prompts, k, title, seed), strict=True)
+        return [RankedGroup(prompt, texts, rule(prompt, texts), ["top_p:base"] * k) for prompt, texts in pairs]
 
-    with timer("sampling"):
+    with _step(
+        console,
+        seconds,
+        "base",
+        "A base model",
+        "A small Llama that writes little stories, made on this machine from text that this project generates. "
+        "The same beginning may turn out cheerful, plain or sad.",
+    ):
+        _copy_base(output / "base", size, console)
+
+    with _step(
+        console,
+        seconds,
+        "sampling",
+        "Candidates and their scores",
+        f"The base, held in 4 bits (NF4), continues {len(prompts)} beginnings {size.k} times each. A rule scores how "
+        "cheerful each continuation is: it stands in for your reward model, judge or annotators.",
+    ):
         tokenizer = load_tokenizer(output / "base")
         base = load_base_model(output / "base", quantization="nf4")
         train_groups = ranked(prompts, size.k, "training samples", SEED)
@@ -133,32 +210,38 @@ def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, d
         write_ranked(output / "heldout.jsonl", heldout_groups)
         mean_of_max = sum(max(group.known_scores) for group in train_groups) / len(train_groups)
 
-    heading(
+    with _step(
+        console,
+        seconds,
+        "training",
         "QLoRA with RRHF",
         "A LoRA adapter learns from the ranked groups: better responses should be likelier than worse ones (ranking "
         f"loss), and the best one is imitated (fine-tuning loss). Just as `rrhf-peft train {output}/recipe.yaml`.",
-    )
-    recipe = demo_recipe(output, size)
-    replace_text(output / "recipe.yaml", recipe_text(recipe))
-    with timer("training"):
+    ):
+        recipe = demo_recipe(output, size)
+        replace_text(output / "recipe.yaml", recipe_text(recipe))
         train_recipe(recipe, console=console)
 
-    heading(
+    with _step(
+        console,
+        seconds,
+        "merging",
         "Standalone weights",
         "The adapter is added to the dequantised base, and the result is compared with what was trained. It loads "
         "without PEFT or bitsandbytes.",
-    )
-    with timer("merging"):
+    ):
         merge_report = merge_adapter(output / "run", output / "merged", overwrite=True)
         merged = AutoModelForCausalLM.from_pretrained(output / "merged")
     console.print(render_report(merge_report))
 
-    heading(
+    with _step(
+        console,
+        seconds,
+        "measuring",
         "Before and after",
         f"The base and the merged model on {len(heldout)} beginnings that training never saw, {size.heldout_k} samples "
         "each.",
-    )
-    with timer("measuring"):
+    ):
         after_texts = sampled(merged, heldout, size.heldout_k, "samples after training", SEED + 2)
         scored, _ = tokenize_groups(heldout_groups, tokenizer, max_tokens=size.base.context)
         before_texts = [group.responses for group in heldout_groups]
@@ -166,7 +249,7 @@ def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, d
             measure(policy, texts, prompts=heldout, rule=rule, judge=base, tokenizer=tokenizer, ranked=scored)
             for policy, texts in ((base, before_texts), (merged, after_texts))
         )
-    return DemoOutcome(output, before, after, mean_of_max, timer.seconds), merge_report.to_dict()
+    return DemoOutcome(output, before, after, mean_of_max, seconds), merge_report.to_dict()
 
 
 def draw_prompts(size: DemoSize) -> tuple[list[str], list[str]]:
@@ -217,27 +300,61 @@ def _is_a_demo_report(path: Path) -> bool:
     return isinstance(report, dict) and report.get("made_by") == _MADE_BY
 
 
-def _place_base(folder: Path, size: DemoSize, console: Console) -> None:
+def _copy_base(folder: Path, size: DemoSize, console: Console) -> None:
     """A copy of the cached base model, which is made first where there is none."""
     cached = cached_base(size.base, seed=SEED)
     if cached.is_dir():
-        note(console, f"made before: {cached}")
+        _note(console, f"made before: {cached}")
     else:
-        with bar(console, "training steps", size.base.steps) as advance:
+        with _bar(console, "training steps", size.base.steps, unit="steps") as advance:
             make_base(size.base, seed=SEED, progress=lambda step, loss: advance(1))
     with staged_folder(folder, overwrite=True) as staging:
         shutil.copytree(cached, staging, dirs_exist_ok=True)
 
 
-def _write_report(outcome: DemoOutcome, merge_report: dict[str, Any]) -> None:
-    report = {
-        "made_by": _MADE_BY,
-        "version": __version__,
-        "finished": True,
-        "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
-        "mean_of_group_max": outcome.mean_of_max,
-        "before": asdict(outcome.before),
-        "after": asdict(outcome.after),
-        "merge": merge_report,
-    }
-    replace_text(outcome.output / "report.json", json.dumps(report, indent=2) + "\n")
+# ---- What the terminal shows ----
+
+
+@contextlib.contextmanager
+def _step(console: Console, seconds: dict[str, float], name: str, title: str, explanation: str) -> Iterator[None]:
+    """Print a step's heading, with a sentence or two on what happens and why, and take its time."""
+    console.print()
+    console.print(Text.assemble((f"{len(seconds) + 1}/{_STEPS} ", "cyan"), (title, "bold")))
+    console.print(Padding(Text(explanation, style="dim"), (0, 0, 0, 4), expand=False))
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _bar(console: Console, title: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
+    started = time.monotonic()
+    with progress(console, f"    {title}", total, unit=unit) as advance:
+        yield advance
+    if console.is_terminal:  # the bar is gone; a log has its last line
+        _note(console, f"{title}: {total} in {time.monotonic() - started:.0f} s")
+
+
+def _note(console: Console, text: str) -> None:
+    """A line under a heading."""
+    console.print(Padding(Text(text), (0, 0, 0, 4), expand=False), highlight=False)
+
+
+def _next_steps(output: Path) -> Text:
+    """What to type next."""
+    recipe = output / "recipe.yaml"
+    lines = (
+        ("what training saw", f"rrhf-peft inspect {recipe}"),
+        (
+            "the paper's own weighting",
+            f"rrhf-peft train {recipe} objective.variant=paper training.output_dir={output}-paper",
+        ),
+        ("the merged model", f"AutoModelForCausalLM.from_pretrained('{output}/merged')"),
+        ("the loss, step by step", "notebooks/01_rrhf_in_ten_minutes.ipynb"),
+        ("your own data, with the columns of ranked.jsonl", "recipes/qlora_7b.yaml"),
+    )
+    text = Text("Where to go next", style="bold")
+    for title, command in lines:
+        text.append(f"\n  {title}\n", style="not bold dim")
+        text.append(f"    {command}", style="not bold")
+    return text

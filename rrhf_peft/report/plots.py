@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rrhf_peft.evaluate.statistics import Interval
-from rrhf_peft.plotting import HUES, WIDE, WIDTH, Style, log_scale_if_wide, new_figure, shortened, styled, styles
+from rrhf_peft.plotting import (
+    HUES,
+    WIDE,
+    WIDTH,
+    Style,
+    log_scale_if_wide,
+    new_figure,
+    running_mean,
+    shortened,
+    styled,
+    styles,
+)
 
 #: More runs than this have no faint lines of single steps: nothing could be seen behind them.
 _MOST_FAINT = 3
@@ -29,12 +40,6 @@ class Curve(NamedTuple):
     values: Sequence[float]
     held_out_steps: Sequence[float] = ()
     held_out_values: Sequence[float] = ()
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean over `window` values, fewer at both ends."""
-    half = window // 2
-    return [float(np.mean(values[max(0, index - half) : index + half + 1])) for index in range(len(values))]
 
 
 def smoothing_window(values: int) -> int:

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import read_groups
 from rrhf_peft.demo.cheerfulness import cheerfulness
-from rrhf_peft.demo.run import DemoOutcome, draw_prompts, run_demo
-from rrhf_peft.demo.size import TINY
+from rrhf_peft.demo.run import TINY, DemoOutcome, draw_prompts, run_demo
 from rrhf_peft.recipe import load_recipe
 from rrhf_peft.records import UserError
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.demo.base import cache_folder, cached_base, make_base
-from rrhf_peft.demo.corpus import make_stories
-from rrhf_peft.demo.size import TINY
+from rrhf_peft.demo.run import TINY
+from rrhf_peft.demo.stories import make_stories
 
 SIZE = dataclasses.replace(TINY.base, stories=160, epochs=1)
 
@@ -47,7 +47,7 @@ def test_a_second_call_finds_the_model_and_does_not_train(own_cache: Path) -> No
 def test_anything_that_shapes_the_model_gives_another_folder(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [cached_base(SIZE), cached_base(SIZE, seed=1)]
     folders += [cached_base(dataclasses.replace(SIZE, **{name: 7})) for name in ("epochs", "hidden_size", "stories")]
-    monkeypatch.setattr("rrhf_peft.demo.corpus.MOOD_SHARES", (0.9, 0.05, 0.05))
+    monkeypatch.setattr("rrhf_peft.demo.stories.MOOD_SHARES", (0.9, 0.05, 0.05))
     folders.append(cached_base(SIZE))
     assert len(set(folders)) == len(folders)
 

@@ -6,8 +6,7 @@ import re
 from collections import Counter
 
 from rrhf_peft.demo.cheerfulness import CHEERFUL, GLOOMY, cheerfulness
-from rrhf_peft.demo.corpus import MOOD_SHARES, MOODS, make_prompts, make_stories
-from rrhf_peft.demo.grammar import PEOPLE
+from rrhf_peft.demo.stories import MOOD_SHARES, MOODS, PEOPLE, make_prompts, make_stories
 
 STORIES = make_stories(2000, seed=5)
 

@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import pytest
 
-from rrhf_peft.demo.run import run_demo
-from rrhf_peft.demo.size import TINY
+from rrhf_peft.demo.run import TINY, run_demo
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"(?:<!-- (?P<mark>[^>]+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)

@@ -1,61 +1,41 @@
-"""The words of the quickstart's stories: people, places, errands, and sentences sorted by mood.
+"""Little stories drawn from a small grammar, written for this project: text to make a base model from.
 
-Everything here was written for this project.
-
-Slots: `{name}` and `{friend}` are two people, `{they}` `{them}` `{their}` the first one's pronouns
-(`{They}` with a capital), `{place}` where it happens, `{day}` when.
+A story is a beginning (two sentences that leave the mood open) and a continuation whose mood is cheerful, neutral or
+sad. A model trained on them writes all three kinds from the same beginning, which leaves something for a reward to
+prefer.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import NamedTuple
 
+MOODS = ("cheerful", "neutral", "sad")
+#: How often a story has each mood. Cheerful ones are the minority, so that there is something to gain.
+MOOD_SHARES = (0.25, 0.40, 0.35)
+#: How often a sentence keeps its story's mood; the others are neutral.
+STEADINESS = 0.7
+
+
+# ---- The grammar ----
+# Slots: `{name}` and `{friend}` are two people, `{they}` `{them}` `{their}` the first one's pronouns (`{They}` with a
+# capital), `{place}` where it happens, `{day}` when.
+
+_NAMES = "Mira Otto Nell Jonas Ada Piet Lena Hugo Ida Emil Rosa Karl Tilda Bram Wanda Felix"
 #: (name, subject, object, possessive)
-PEOPLE: tuple[tuple[str, str, str, str], ...] = (
-    ("Mira", "she", "her", "her"),
-    ("Otto", "he", "him", "his"),
-    ("Nell", "she", "her", "her"),
-    ("Jonas", "he", "him", "his"),
-    ("Ada", "she", "her", "her"),
-    ("Piet", "he", "him", "his"),
-    ("Lena", "she", "her", "her"),
-    ("Hugo", "he", "him", "his"),
-    ("Ida", "she", "her", "her"),
-    ("Emil", "he", "him", "his"),
-    ("Rosa", "she", "her", "her"),
-    ("Karl", "he", "him", "his"),
-    ("Tilda", "she", "her", "her"),
-    ("Bram", "he", "him", "his"),
-    ("Wanda", "she", "her", "her"),
-    ("Felix", "he", "him", "his"),
-)
-
+PEOPLE = [
+    (name, *pronouns)
+    for name, pronouns in zip(_NAMES.split(), itertools.cycle((("she", "her", "her"), ("he", "him", "his"))))
+]
 PLACES = (
-    "by the harbor",
-    "near the old mill",
-    "at the edge of the forest",
-    "on the hill",
-    "beside the river",
-    "behind the bakery",
-    "in the valley",
-    "next to the lighthouse",
-    "on the market square",
-    "at the end of the lane",
-)
-
+    "by the harbor, near the old mill, at the edge of the forest, on the hill, beside the river, behind the bakery, "
+    "in the valley, next to the lighthouse, on the market square, at the end of the lane"
+).split(", ")
 DAYS = (
-    "On Monday",
-    "One morning",
-    "In the autumn",
-    "Late in May",
-    "One evening",
-    "On the first of June",
-    "Before the winter",
-    "After the rain",
-    "On Saturday",
-    "At noon",
-)
-
+    "On Monday, One morning, In the autumn, Late in May, One evening, On the first of June, Before the winter, "
+    "After the rain, On Saturday, At noon"
+).split(", ")
 OPENINGS = (
     "{day}, {name} walked with {friend} to the house {place}.",
     "{name} lived {place} with {friend} and a gray cat.",
@@ -209,3 +189,71 @@ ENDINGS: dict[str, tuple[str, ...]] = {
         "That night {name} was afraid and alone.",
     ),
 }
+
+
+# ---- Drawing stories ----
+
+
+class Story(NamedTuple):
+    """A story in two parts.
+
+    Attributes:
+        prompt: Two sentences without a mood.
+        continuation: Four or five sentences; begins with a space, so that prompt + continuation is the text.
+        mood: One of `MOODS`.
+    """
+
+    prompt: str
+    continuation: str
+    mood: str
+
+
+def make_stories(count: int, seed: int) -> list[Story]:
+    """Draw `count` stories with distinct texts; the same seed gives the same stories."""
+    rng = random.Random(seed)
+    stories: dict[str, Story] = {}
+    while len(stories) < count:
+        story = _draw_story(rng)
+        stories.setdefault(story.prompt + story.continuation, story)
+    return list(stories.values())
+
+
+def make_prompts(count: int, seed: int) -> list[str]:
+    """Draw `count` distinct story beginnings."""
+    rng = random.Random(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompts[_draw_story(rng).prompt] = None
+    return list(prompts)
+
+
+def _draw_story(rng: random.Random) -> Story:
+    (name, they, them, their), (friend, *_) = rng.sample(PEOPLE, 2)
+    slots = {
+        "name": name,
+        "friend": friend,
+        "they": they,
+        "They": they.capitalize(),
+        "them": them,
+        "their": their,
+        "place": rng.choice(PLACES),
+        "day": rng.choice(DAYS),
+    }
+    errand: Errand = rng.choice(ERRANDS)
+    beginning = [rng.choice(OPENINGS), errand.wish]
+    mood = rng.choices(MOODS, MOOD_SHARES)[0]
+    outcome = rng.choice(getattr(errand, mood))
+    reactions: list[str] = []
+    length = rng.choice((2, 3))
+    while len(reactions) < length:
+        sentence = rng.choice(REACTIONS[_mood_of_sentence(mood, rng)])
+        if sentence not in reactions:
+            reactions.append(sentence)
+    ending = rng.choice(ENDINGS[_mood_of_sentence(mood, rng)])
+    prompt = " ".join(beginning).format(**slots)
+    continuation = " ".join([outcome, *reactions, ending]).format(**slots)
+    return Story(prompt, " " + continuation, mood)
+
+
+def _mood_of_sentence(mood: str, rng: random.Random) -> str:
+    return mood if rng.random() < STEADINESS else "neutral"
