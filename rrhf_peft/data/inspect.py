@@ -15,6 +15,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_peft.data.statistics import ranked_statistics
+from rrhf_peft.plotting import HUES, WIDE, new_figure, shortened, styled
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 
 #: Alternating styles, so that neighbouring tokens are told apart; dim where the loss does not look.
@@ -127,6 +128,7 @@ _MADE_BY = "rrhf-peft inspect"
 _METADATA = {"png": {"Software": _MADE_BY}, "pdf": {"Creator": _MADE_BY}, "svg": {"Creator": _MADE_BY}}
 
 
+@styled
 def plot_scores(groups: Sequence[RankedGroup], path: str | os.PathLike[str]) -> None:
     """Draw the groups' scores and write the picture; the ending of `path` names its type (.png, .pdf, .svg).
 
@@ -138,22 +140,14 @@ def plot_scores(groups: Sequence[RankedGroup], path: str | os.PathLike[str]) -> 
         UserError: matplotlib is not installed, there is no response, `path` cannot be written, or it is a file that
             this program did not draw.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "drawing needs matplotlib, which is not installed. Install it with: pip install 'rrhf-peft[plots]'"
-        ) from None
     path = Path(path)
     _refuse_other_files(path)
     statistics = ranked_statistics(groups)
     names = list(statistics.sources)[:_SOURCES_DRAWN]
-    figure = Figure(figsize=(12, max(4.5, 1.6 + 0.3 * len(names))), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(WIDE, max(4.5, 1.6 + 0.3 * len(names)))
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in canvas.get_supported_filetypes():
-        known = ", ".join(f".{name}" for name in sorted(canvas.get_supported_filetypes()))
+    if kind not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(f".{name}" for name in sorted(figure.canvas.get_supported_filetypes()))
         raise UserError(f"{path}: cannot tell what kind of picture this is to be. Known endings: {known}.")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _draw_sources(left, groups, names, len(statistics.sources))
@@ -161,7 +155,7 @@ def plot_scores(groups: Sequence[RankedGroup], path: str | os.PathLike[str]) -> 
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=120, format=kind, metadata=_METADATA.get(kind))
+        figure.savefig(partial, format=kind, metadata=_METADATA.get(kind))
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -189,38 +183,34 @@ def _draw_sources(axes: Any, groups: Sequence[RankedGroup], names: list[str], to
         showmeans=True,
         widths=0.6,
         patch_artist=True,
-        boxprops={"facecolor": "#dbe7f3", "edgecolor": "#3b6ea5"},
+        boxprops={"facecolor": "#dbe7f3", "edgecolor": HUES[0]},
         medianprops={"color": "#1f3f63", "linewidth": 2},
-        meanprops={"marker": "o", "markerfacecolor": "#c8553d", "markeredgecolor": "none", "markersize": 5},
-        whiskerprops={"color": "#3b6ea5"},
-        capprops={"color": "#3b6ea5"},
-        flierprops={"marker": ".", "markersize": 3, "markeredgecolor": "#3b6ea5", "alpha": 0.3},
+        meanprops={"marker": "o", "markerfacecolor": HUES[1], "markeredgecolor": "none", "markersize": 5},
+        whiskerprops={"color": HUES[0]},
+        capprops={"color": HUES[0]},
+        flierprops={"marker": ".", "markersize": 3, "markeredgecolor": HUES[0], "alpha": 0.3},
     )
-    labels = [_plain(name) + f"  ({len(own):,})" for name, own in scores.items()]
-    axes.set_yticks(range(1, len(names) + 1), labels, parse_math=False)
+    short = shortened(names, 32)
+    axes.set_yticks(range(1, len(names) + 1), [f"{short[name]}  ({len(values):,})" for name, values in scores.items()])
     axes.invert_yaxis()
     axes.set_xlabel("score")
     shown = f"the best {len(names)} of {total:,} sources" if total > len(names) else "each source"
     axes.set_title(f"Scores of {shown}: quartiles, mean as a dot")
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(visible=True, axis="x")
+    axes.grid(visible=False, axis="y")
 
 
 def _draw_lengths(axes: Any, groups: Sequence[RankedGroup], correlation: float | None) -> None:
     lengths = np.array([len(response) for group in groups for response in group.responses])
     scores = np.array([score for group in groups for score in group.known_scores])
     drawn = np.unique(np.linspace(0, len(scores) - 1, min(len(scores), _POINTS_DRAWN)).astype(int))
-    axes.scatter(lengths[drawn], scores[drawn], s=8, alpha=0.25, color="#3b6ea5", edgecolors="none")
+    axes.scatter(lengths[drawn], scores[drawn], s=8, alpha=0.25, color=HUES[0], edgecolors="none")
     parts = [part for part in np.array_split(np.argsort(lengths, kind="stable"), 10) if len(part)]
     middles = [(np.median(lengths[part]), np.mean(scores[part])) for part in parts]
-    axes.plot(*zip(*middles, strict=True), color="#c8553d", marker="o", markersize=4)
+    axes.plot(*zip(*middles, strict=True), color=HUES[1], marker="o", markersize=4)
     axes.set_xscale("symlog", linthresh=10)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("characters")
     axes.set_ylabel("score")
     within = "undefined" if correlation is None else f"{correlation:+.2f}"
     axes.set_title(f"Score by length, mean as a line\n(rank correlation in groups {within})")
-    axes.grid(alpha=0.3)
-
-
-def _plain(name: str) -> str:
-    """A source's name short enough to stand beside its box."""
-    return name if len(name) <= 32 else name[:31] + "…"

@@ -154,8 +154,9 @@ def test_the_picture_has_a_box_for_each_source(ending, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG")
     else:
         text = path.read_text()  # matplotlib writes each label as a comment beside its glyphs
-        for label in ("a  (4)", "b  (2)", "c  (2)", "$cost_{a}$ $cost_{a}$ $cost_{a}…  (1)", "characters", "+0.87"):
+        for label in ("a  (4)", "b  (2)", "c  (2)", "$cost_{a}$ $cost…{a}$ $cost_{a}$  (1)", "characters", "+0.87"):
             assert label in text
+        assert "mathdefault" not in text  # powers of ten are written out
 
 
 def test_many_sources_and_points_are_drawn_in_part(tmp_path):
@@ -179,7 +180,7 @@ def test_a_picture_that_cannot_be_written_says_why(tmp_path):
 
 
 def test_without_matplotlib_the_message_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'rrhf-peft\[plots\]'"):
         plot_scores(GROUPS, tmp_path / "scores.png")
 
