@@ -1,20 +1,13 @@
 """Objectives: pure losses over `ResponseLogProbs`. To add one: a function, a line here, a recipe section, a test."""
 
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
-from rrhf_peft.objectives.cpo import cpo
-from rrhf_peft.objectives.dpo import dpo
-from rrhf_peft.objectives.hinge import hinge
-from rrhf_peft.objectives.ipo import ipo
-from rrhf_peft.objectives.kto import kto
-from rrhf_peft.objectives.odpo import odpo
-from rrhf_peft.objectives.orpo import orpo
-from rrhf_peft.objectives.plackett_luce import plackett_luce
-from rrhf_peft.objectives.pro import pro
-from rrhf_peft.objectives.rrhf import rrhf
-from rrhf_peft.objectives.sft import sft
-from rrhf_peft.objectives.simpo import simpo
+from rrhf_peft.objectives.listwise import plackett_luce, pro
+from rrhf_peft.objectives.pairwise import cpo, dpo, hinge, ipo, kto, odpo, orpo, simpo
+from rrhf_peft.objectives.rrhf import rrhf, sft
 
 #: Name in a recipe -> `(log_probs, scores, *, reference=None, **hyper) -> (loss, metrics)`.
 OBJECTIVES: dict[str, Callable[..., Any]] = {
@@ -32,13 +25,19 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "pro": pro,
 }
 
-#: Objectives that learn from ordered pairs: a group without one teaches them nothing.
-NEEDS_PAIRS = frozenset({"rrhf", "dpo", "ipo", "odpo", "simpo", "orpo", "cpo", "hinge", "plackett_luce", "pro"})
+#: Objectives that learn from ordered pairs: a group without one teaches them nothing. The others take one response.
+NEEDS_PAIRS = frozenset(OBJECTIVES) - {"sft", "kto"}
 
-#: Objectives that compare the policy with a reference policy.
-NEEDS_REFERENCE = frozenset({"dpo", "ipo", "odpo", "kto"})
+#: Objectives that compare the policy with a reference policy: `reference` has no default.
+NEEDS_REFERENCE = frozenset(
+    name
+    for name, objective in OBJECTIVES.items()
+    if inspect.signature(objective).parameters["reference"].default is inspect.Parameter.empty
+)
 
-#: Objectives that do so when they are given one.
-TAKES_REFERENCE = NEEDS_REFERENCE | {"hinge", "plackett_luce"}
+#: Those and the objectives that do so when they are given one: `reference` can be something else than None.
+TAKES_REFERENCE = frozenset(
+    name for name, objective in OBJECTIVES.items() if typing.get_type_hints(objective)["reference"] is not type(None)
+)
 
 __all__ = ["NEEDS_PAIRS", "NEEDS_REFERENCE", "OBJECTIVES", "TAKES_REFERENCE", *OBJECTIVES]

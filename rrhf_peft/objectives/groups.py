@@ -1,4 +1,4 @@
-"""Per-group arithmetic that the objectives share: normalisation, ordered pairs, lists, the best response.
+"""Per-group arithmetic that the objectives share: normalisation, ordered pairs, the best response, the implicit reward.
 
 Pure functions of flat [N] tensors; `group` holds each response's group, ascending from 0 to G - 1.
 """
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from rrhf_peft.records import Mean, ResponseLogProbs
+from rrhf_peft.records import Mean, Metrics, ResponseLogProbs
 
 #: Which ordered pairs of a group a pairwise objective learns from. Ties make no pair; of several responses that share
 #: the best (or worst) score each stands in turn, so that the order of the responses never matters.
@@ -126,6 +126,50 @@ def mean_of(values: torch.Tensor) -> Mean:
     """A tensor's values as numerator and denominator."""
     values = values.detach().float()
     return Mean(values.sum(), torch.tensor(float(values.numel()), device=values.device))
+
+
+def log_ratios(log_probs: ResponseLogProbs, reference: ResponseLogProbs) -> torch.Tensor:
+    """log pi(y|x) - log pi_ref(y|x) of every response [N], in nats; no gradient reaches the reference."""
+    assert reference is not None, "this objective compares with a reference policy"
+    assert reference.sum.shape == log_probs.sum.shape, "the reference scored other responses"
+    return log_probs.sum - reference.sum.detach().to(log_probs.sum.dtype)
+
+
+def pair_metrics(
+    log_probs: ResponseLogProbs,
+    scores: torch.Tensor,
+    pairs: OrderedPairs,
+    rank: torch.Tensor,
+    rewards: torch.Tensor | None = None,
+) -> Metrics:
+    """What every sibling objective logs.
+
+    Args:
+        log_probs: per response, [N].
+        scores: float [N].
+        pairs: the M ordered pairs that the objective learns from; `rewards/...` are means over them, as in TRL.
+        rank: the ranking loss of each group [G].
+        rewards: the implicit reward [N] of an objective with a reference; None without one.
+
+    Returns:
+        `rank_loss`, pair accuracy of the mean log-prob per token over all ordered pairs of a group (the same for all
+        objectives, so that runs can be compared), best-of-k hit rate, and `rewards/chosen`, `rewards/rejected`,
+        `rewards/margins`, `rewards/accuracies`.
+    """
+    p = normalised(log_probs, log_probs.num_tokens, 1.0).detach()
+    metrics = {
+        "rank_loss": mean_of(rank),
+        **ranking_metrics(p, scores, log_probs.group, ordered_pairs(scores, log_probs.group)),
+    }
+    if rewards is not None:
+        chosen, rejected = rewards.detach()[pairs.better], rewards.detach()[pairs.worse]
+        metrics |= {
+            "rewards/chosen": mean_of(chosen),
+            "rewards/rejected": mean_of(rejected),
+            "rewards/margins": mean_of(chosen - rejected),
+            "rewards/accuracies": mean_of(chosen > rejected),
+        }
+    return metrics
 
 
 def _group_maximum(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""RRHF: rank responses to align language models with human feedback (https://arxiv.org/abs/2304.05302)."""
+"""RRHF: rank responses to align language models with human feedback (https://arxiv.org/abs/2304.05302).
+
+And its fine-tuning loss alone, `sft`, the baseline to beat.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from rrhf_peft.objectives.groups import (
+    best_negative_log_prob,
     best_weights,
     mean_of,
     normalised,
@@ -23,7 +27,7 @@ def rrhf(
     log_probs: ResponseLogProbs,
     scores: torch.Tensor,
     *,
-    reference: ResponseLogProbs | None = None,
+    reference: None = None,
     variant: Literal["balanced", "paper", "released"] = "balanced",
     rank_weight: float = 1.0,
     sft_weight: float = 1.0,
@@ -35,7 +39,9 @@ def rrhf(
     sft_reduction: Literal["sum", "mean"] | None = None,
     tied_best: Literal["first", "mean"] = "first",
 ) -> tuple[torch.Tensor, Metrics]:
-    """The RRHF loss, a mean over groups of
+    """RRHF, rank responses to align language models with human feedback (https://arxiv.org/abs/2304.05302).
+
+    A mean over groups of
 
         p_i    = (1 / |y_i|^a) sum_t log P(y_i,t | x, y_i,<t)          Eq. 1
         L_rank = sum_{r_i < r_j} max(0, p_i - p_j + margin)            Eq. 2
@@ -59,7 +65,7 @@ def rrhf(
         min_score_gap: only pairs with r_j - r_i above it count.
         pair_function: "hinge" max(0, d), or "logistic" log(1 + exp(d)).
         pair_reduction: over the ordered pairs of a group.
-        sft_reduction: over the best response's tokens; None takes the variant's own.
+        sft_reduction: over the best response's tokens; None takes the variant's.
         tied_best: the first of several best responses, or the mean over them.
 
     Returns:
@@ -88,4 +94,33 @@ def rrhf(
         "sft_loss": mean_of(sft),
         **ranking_metrics(p.detach(), scores, group, pairs),
         "active_pairs": mean_of(difference > 0),
+    }
+
+
+def sft(
+    log_probs: ResponseLogProbs,
+    scores: torch.Tensor,
+    *,
+    reference: None = None,
+    sft_reduction: Literal["sum", "mean"] = "mean",
+    tied_best: Literal["first", "mean"] = "first",
+) -> tuple[torch.Tensor, Metrics]:
+    """Mean over groups of L_ft = - sum_t log P(y_best,t | ...) (https://arxiv.org/abs/2304.05302, Eq. 3, 4).
+
+    Args:
+        log_probs: per response, [N].
+        scores: float [N], higher is better.
+        reference: not used.
+        sft_reduction: sum or mean over the best response's tokens.
+        tied_best: the first of several best responses, or the mean over them.
+
+    Returns:
+        The loss (scalar, differentiable) and the metrics; pair accuracy uses mean log-probs per token.
+    """
+    assert reference is None, "sft has no reference policy"
+    p = normalised(log_probs, log_probs.num_tokens, 1.0)
+    per_group = best_negative_log_prob(log_probs, scores, sft_reduction, tied_best)  # Eq. 3, 4
+    return per_group.mean(), {
+        "sft_loss": mean_of(per_group),
+        **ranking_metrics(p.detach(), scores, log_probs.group, ordered_pairs(scores, log_probs.group)),
     }

@@ -277,10 +277,14 @@ def test_reward_metrics_are_means_over_pairs():
 
 def test_registry():
     assert set(OBJECTIVES) >= NEEDS_PAIRS
-    assert NEEDS_REFERENCE <= TAKES_REFERENCE <= set(OBJECTIVES)
+    assert set(OBJECTIVES) - NEEDS_PAIRS == {"sft", "kto"}
+    assert {"dpo", "ipo", "odpo", "kto"} == NEEDS_REFERENCE
+    assert NEEDS_REFERENCE | {"hinge", "plackett_luce"} == TAKES_REFERENCE
     log_probs, scores = random_log_probs(1, [3])
     for name in NEEDS_REFERENCE:
         with pytest.raises(AssertionError, match="reference"):
+            OBJECTIVES[name](log_probs, scores, reference=None)
+        with pytest.raises(TypeError, match="reference"):
             OBJECTIVES[name](log_probs, scores)
     for name in set(OBJECTIVES) - TAKES_REFERENCE:
         with pytest.raises(AssertionError, match="reference"):
