@@ -550,7 +550,13 @@ def _holder(text: bytes) -> str:
 
 @contextlib.contextmanager
 def staged_folder(
-    target: AnyPath, *, verb: str = "", key: str = "", reads: Iterable[AnyPath | None] = (), overwrite: bool = False
+    target: AnyPath,
+    *,
+    verb: str = "",
+    key: str = "",
+    reads: Iterable[AnyPath | None] = (),
+    overwrite: bool = False,
+    fingerprint: str | None = None,
 ) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` when the block ends well, and is removed when not; one run at a time.
 
@@ -562,6 +568,7 @@ def staged_folder(
         verb: which one makes it.
         key, reads: as in `check_output`.
         overwrite: replace a folder that this program made.
+        fingerprint: of everything that the content depends on, for `is_finished_folder`.
 
     Raises:
         UserError: see `check_output` and `lock`; or the disk is full.
@@ -578,7 +585,7 @@ def staged_folder(
             _write_mark(staging / MARK, Mark(verb, writes=["*"], state="begun"))
             yield staging
             written = [glob.escape(file) for file in _files_in(staging) if file != MARK]
-            _write_mark(staging / MARK, Mark(verb, writes=[*written, REPORT]))
+            _write_mark(staging / MARK, Mark(verb, fingerprint=fingerprint, writes=[*written, REPORT]))
             with writing(target):
                 if target.exists():
                     target.rename(_sibling(target, "retired"))
@@ -592,6 +599,19 @@ def staged_folder(
             if staging.exists():
                 remove(staging)
         _recover(target)
+
+
+def is_finished_folder(target: AnyPath, fingerprint: str) -> bool:
+    """Whether a `staged_folder` of the same work is there, with all of its files; clears what a kill left beside it."""
+    target = Path(target)
+    mark = read_mark(target) if target.is_dir() else None
+    if mark is None or mark.fingerprint != fingerprint:
+        return False
+    if not {*map(glob.escape, _files_in(target))} >= {*mark.writes} - {REPORT}:
+        return False
+    with lock(target):
+        _recover(target)
+    return True
 
 
 def work_folder(path: AnyPath, *, verb: str, fingerprint: str | None = None, overwrite: bool = False) -> Mark:

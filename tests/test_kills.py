@@ -59,13 +59,8 @@ def rounds(values: Any) -> None:
 
 def merge(values: Any) -> None:
     from rrhf_peft.merge.run import merge_adapter
-    from rrhf_peft.records import UserError
 
-    try:
-        merge_adapter(values["adapter"], values["output"], shard_size="60KB")
-    except UserError as error:  # killed in its last act, with the output whole
-        if "already exists" not in str(error):
-            raise
+    merge_adapter(values["adapter"], values["output"], shard_size="60KB")
 
 
 def convert(values: Any) -> None:

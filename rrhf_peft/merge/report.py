@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +18,10 @@ from rich.table import Table
 from rrhf_peft import __version__
 from rrhf_peft.console import terminal
 from rrhf_peft.merge.fidelity import Fidelity
+from rrhf_peft.records import UserError
+
+#: Of a merged model's folder.
+REPORT = "merge_report.json"
 
 #: Called with what is being done, bytes done, and bytes in all (0 when that is not known).
 OnProgress = Callable[[str, int, int], None]
@@ -71,6 +76,22 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to merge_report.json."""
         return asdict(self)
+
+
+def read_report(folder: Path) -> MergeReport:
+    """The report of a finished merge.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        compared = ("fidelity", "without_adapter", "against_training")
+        read = {name: None if values[name] is None else Fidelity(**values[name]) for name in compared}
+        return MergeReport(**{**values, **read})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path}: is damaged. Pass --overwrite to merge again.") from None
 
 
 def size_text(size: int) -> str:

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.files import staged_folder
+from rrhf_peft.files import is_finished_folder, staged_folder
+from rrhf_peft.jobs import fingerprint_of
 from rrhf_peft.merge.base_weights import TrainingBase, find_training_base, run_folders
 from rrhf_peft.merge.fidelity import (
     DEFAULT_PROMPTS,
@@ -30,9 +31,15 @@ from rrhf_peft.merge.fidelity import (
     held_prompts,
     standalone_logits,
 )
-from rrhf_peft.merge.report import MergeReport, OnProgress, model_card
+from rrhf_peft.merge.report import REPORT, MergeReport, OnProgress, model_card, read_report
 from rrhf_peft.merge.shards import DTYPES, MergedWeights, dtype_name, parse_size, plan_shards
-from rrhf_peft.modeling import AdapterFiles, load_tokenizer, read_adapter, refuse_unknown_tokens
+from rrhf_peft.modeling import (
+    AdapterFiles,
+    load_tokenizer,
+    read_adapter,
+    refuse_unknown_tokens,
+    weights_fingerprint,
+)
 from rrhf_peft.records import UserError
 
 #: Largest difference of logits that rounding explains, as a share of the largest logit, by what was written.
@@ -77,7 +84,7 @@ def merge_adapter(
     """Write the base model with the adapter merged in, as a folder that needs no PEFT and no bitsandbytes.
 
     The host memory is about one shard and three of the largest tensors in float32; verification after
-    that holds one whole model in float32 at a time. No GPU is used.
+    that holds one whole model in float32 at a time. No GPU is used. The same merge, once finished, is read back.
 
     Args:
         adapter: A run folder, a `checkpoint-N` in it, or any PEFT LoRA folder.
@@ -118,8 +125,18 @@ def merge_adapter(
     )
     original = base == "original" or trained.quantization == "none"
     reads = (files.folder, trained.folder)
+    held = (trained.quantization, trained.double_quant, dtype_name(trained.dtype), original)
+    fingerprint = fingerprint_of(
+        [weights_fingerprint(path) for path in reads], held, dtype, limit, verify, verify_prompts, tolerance
+    )
+    if not overwrite and is_finished_folder(output, fingerprint):
+        if on_progress is not None:
+            on_progress(f"finished before: {output}", 0, 0)
+        return read_report(output)
     with (
-        staged_folder(output, verb="merge", key="--output", reads=reads, overwrite=overwrite) as folder,
+        staged_folder(
+            output, verb="merge", key="--output", reads=reads, overwrite=overwrite, fingerprint=fingerprint
+        ) as folder,
         warnings.catch_warnings(),
     ):
         # PEFT warns of what merging may go wrong with: here it is handled, or refused, or shows in the comparison.
@@ -158,7 +175,7 @@ def merge_adapter(
             seconds=time.monotonic() - started,
         )
         text = json.dumps(report.to_dict(), indent=2) + "\n"
-        (folder / "merge_report.json").write_text(text, encoding="utf-8")
+        (folder / REPORT).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     return report
 

@@ -295,8 +295,11 @@ def test_an_existing_output_is_left_alone_unless_told(
             merge_adapter(run, target, overwrite=True)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
     (output / "mine.txt").unlink()
-    merge_adapter(run, output)
+    report = merge_adapter(run, output)
     before = (output / "model.safetensors").read_bytes()
+    assert merge_adapter(run, output) == report  # its seconds too: the same merge is done, and success
+    with pytest.raises(UserError, match="already exists"):
+        merge_adapter(run, output, dtype="bfloat16")
     with pytest.raises(UserError, match="computes something else"):
         merge_adapter(run, output, overwrite=True, tolerance=1e-12)
     assert (output / "model.safetensors").read_bytes() == before
