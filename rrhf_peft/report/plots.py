@@ -1,4 +1,4 @@
-"""The report's own plots: the course of training, log-probs by source, the k of the data, reward from round to round.
+"""The report's own plots: the course of training, the k of the data, reward from round to round.
 
 Plain data in, matplotlib figures out. The plots of an evaluation are `rrhf_peft.evaluate.plots`.
 """
@@ -22,7 +22,6 @@ from rrhf_peft.plotting import (
     running_mean,
     shortened,
     styled,
-    styles,
 )
 
 #: More runs than this have no faint lines of single steps: nothing could be seen behind them.
@@ -49,16 +48,18 @@ def smoothing_window(values: int) -> int:
 
 @styled
 def curves_figure(panels: Mapping[str, Mapping[str, Curve]], look: Mapping[str, Style]) -> Any:
-    """Metric -> run -> curve, a panel for each metric; dots are held-out values.
+    """Metric -> run or source -> curve, a panel for each metric; dots are held-out values.
 
     A panel whose values are far apart, and all positive, has a logarithmic axis.
     """
     columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
     rows = math.ceil(len(panels) / columns)
     runs = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    per_row = 4 if max(len(name) for name in runs) < 22 else 3
+    short = shortened(runs, 40)
+    width = WIDTH if columns == 1 else WIDE
+    per_row = max(1, min(4, int(width / (0.6 + 0.08 * max(map(len, short.values()))))))  # about 0.08 inches a letter
     key_rows = math.ceil(len(runs) / per_row) if len(runs) > 1 else 0
-    figure = new_figure(WIDTH if columns == 1 else WIDE, 2.8 * rows + 0.3 + 0.22 * key_rows)
+    figure = new_figure(width, 2.8 * rows + 0.3 + 0.22 * key_rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
         for name, curve in panel.items():
@@ -77,26 +78,10 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], look: Mapping[str, 
     if key_rows:
         from matplotlib.lines import Line2D
 
-        short = shortened(runs, 40)
         lines = [
             Line2D([], [], color=look[run].color, linestyle=look[run].dashes, marker=look[run].marker) for run in runs
         ]
         figure.legend(lines, [short[run] for run in runs], loc="outside upper left", ncols=per_row)
-    return figure
-
-
-@styled
-def sources_figure(sources: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
-    """Source -> steps and mean log-prob per token of its responses, a line each."""
-    figure = new_figure(WIDTH, max(3.6, 1.2 + 0.2 * len(sources)))
-    axes = figure.subplots()
-    look, short = styles(list(sources)), shortened(list(sources), 24)
-    for name, (steps, values) in sources.items():
-        x, y = _thinned(steps, running_mean(values, smoothing_window(len(values))))
-        axes.plot(x, y, color=look[name].color, linestyle=look[name].dashes, label=short[name])
-    axes.set(xlabel="optimizer step", ylabel="mean log-prob per token, nats")
-    axes.margins(x=0.02)
-    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -111,6 +96,7 @@ def k_figure(histogram: Mapping[int, int]) -> Any:
         axes.set_xticks(sizes)
         axes.bar_label(bars, [f"{histogram[k]:,}" for k in sizes], padding=3, fontsize=9)
     axes.set(xlabel="k, responses of a group", ylabel="groups")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.margins(y=0.12)
     return figure
 

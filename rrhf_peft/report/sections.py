@@ -18,9 +18,9 @@ from typing import Any
 from rrhf_peft.evaluate.folder import EvaluationFolder, WinRow
 from rrhf_peft.evaluate.plots import evaluation_plots
 from rrhf_peft.evaluate.statistics import Interval
-from rrhf_peft.plotting import WIDTH, Style, figure_bytes
+from rrhf_peft.plotting import WIDTH, Style, figure_bytes, styles
 from rrhf_peft.report.folders import RoundsRun, TrainingRun, is_number
-from rrhf_peft.report.plots import Curve, curves_figure, k_figure, rounds_figure, smoothing_window, sources_figure
+from rrhf_peft.report.plots import Curve, curves_figure, k_figure, rounds_figure, smoothing_window
 
 MISSING = "–"
 _EXAMPLES = 8
@@ -510,8 +510,13 @@ def _source_pictures(runs: Mapping[str, TrainingRun], look: Mapping[str, Style])
         }
         described = " ".join(f"{run}: {words}." for run, words in said.items())
         return [picture(curves_figure(panels, look), f"{title}. {described}", f"{title}.", wide=len(panels) > 1)]
+    panel = "Mean log-prob per token, nats"
     return [
-        picture(sources_figure(sources), f"{title}, {run}. {said[run]}.", f"{run}: {title[0].lower()}{title[1:]}.")
+        picture(
+            curves_figure({panel: {source: Curve(*sources[source]) for source in sources}}, styles(list(sources))),
+            f"{title}, {run}. {said[run]}.",
+            f"{run}: {title[0].lower()}{title[1:]}.",
+        )
         for run, sources in logged.items()
     ]
 
