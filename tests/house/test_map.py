@@ -48,10 +48,10 @@ def test_the_tree_in_contributing_names_every_file() -> None:
     named: set[str] = set()
     folder = ""
     for line in tree.group(1).splitlines()[1:]:
-        if match := re.match(r"  (\w+)/ ", line):
-            folder = match.group(1) + "/"
-        for name in re.findall(r"[\w.]+\.(?:py|html|mplstyle)", line.split("  # ")[0]):
-            named.add((folder if line.startswith("    ") else "") + name)
+        if not line.startswith("    "):  # a new entry: a folder with its files, or files of the package itself
+            match = re.match(r"  (\w+/) ", line)
+            folder = match.group(1) if match else ""
+        named |= {folder + name for name in re.findall(r"[\w]+\.(?:py|html|mplstyle)", line.split("  # ")[0])}
     there = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*")
@@ -88,7 +88,9 @@ def test_the_way_of_a_batch_is_the_one_that_is_gone(tiny_model_folder: Path, tmp
     if sys.version_info >= (3, 11):
         assert [call for call in named if call not in calls] == [], done.stderr[-2000:]
         order = [calls.index(call) for call in named]
-        assert order == sorted(order), [named[n] for n, (at, after) in enumerate(itertools.pairwise(order)) if at > after]
+        assert order == sorted(order), [
+            named[n] for n, (at, after) in enumerate(itertools.pairwise(order)) if at > after
+        ]
     opened = {call.split("::")[0] for call in calls}
     told = {call.split("::")[0] for call in named} | set(re.findall(r"`([\w/]+\.py)`", besides))
     assert sorted(name for name in opened if name not in told and not name.startswith("recipe/")) == ["__init__.py"] * (
