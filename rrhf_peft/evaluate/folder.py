@@ -24,8 +24,9 @@ from rrhf_peft.files import REPORT, BegunFolder, begun_folder, check_output, rea
 from rrhf_peft.records import UserError
 
 EVALUATION, TABLE, RECIPE, PLOTS, MADE_WITH = "evaluation.json", "table.md", "recipe.yaml", "plots", "made_with.json"
-_WRITES = [*(f"{name}/*" for name in ("samples", "scored", "perplexity", "references", "pairs", "wins", PLOTS))]
-_WRITES += [EVALUATION, TABLE, RECIPE, MADE_WITH, REPORT]
+#: What an evaluation writes in its folder.
+WRITES = [*(f"{name}/*" for name in ("samples", "scored", "perplexity", "references", "pairs", "wins", PLOTS))]
+WRITES += [EVALUATION, TABLE, RECIPE, MADE_WITH, REPORT]
 STAGES = ("samples", "scored", "perplexity", "references", "pairs", "wins")
 
 
@@ -80,7 +81,7 @@ class OutputFolder:
                 "again."
             )
         self._begun = end.enter_context(
-            begun_folder(self.path, verb="evaluate", writes=_WRITES, overwrite=overwrite, resume=not overwrite)
+            begun_folder(self.path, verb="evaluate", writes=WRITES, overwrite=overwrite, resume=not overwrite)
         )
         if made.get(EVALUATION) == settings[EVALUATION] and (self.path / TABLE).is_file():
             return True

@@ -23,6 +23,7 @@ import yaml
 from rich.console import Console
 
 from rrhf_peft.console import terminal
+from rrhf_peft.evaluate.folder import WRITES as EVALUATION_WRITES
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.files import (
     REPORT,
@@ -45,10 +46,19 @@ from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import files_of_scorer, score_recipe
 from rrhf_peft.train.run import train_recipe, training_config
 from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
+from rrhf_peft.train.run_folder import WRITES as TRAINING_WRITES
 
 RECIPE, INPUTS = "recipe.yaml", "inputs.json"
-#: What rounds write in their folder.
-WRITES = (RECIPE, INPUTS, "rounds.json", "table.md", REPORT, "base/*", "round-*/*")
+#: What a round writes in its folder, and rounds in theirs. A file of another name is a user's.
+_OF_A_ROUND = (
+    *("stages.json", "prompts*.jsonl", "candidates.*", "scored.*"),
+    *(f"run/{pattern}" for pattern in TRAINING_WRITES),
+    *(f"evaluation/{pattern}" for pattern in EVALUATION_WRITES),
+)
+WRITES = (
+    *(RECIPE, INPUTS, "rounds.json", "table.md", REPORT),
+    *(f"{folder}/{pattern}" for folder in ("base", "round-[0-9]*") for pattern in _OF_A_ROUND),
+)
 #: May change between two runs of the command: how far to go, and what changes no result.
 _HARMLESS = HARMLESS_KEYS | {"rounds.count", "sampling.batch_tokens", "evaluation.batch_tokens"}
 _EFFORT = tuple(JudgeScorer.EFFORT | PolicyScorer.EFFORT | RewardModelScorer.EFFORT)

@@ -186,6 +186,20 @@ def test_overwritten_rounds_come_back_when_the_new_ones_fail_at_once_and_stay_un
     assert (output / "thesis.txt").exists()
 
 
+def test_a_users_file_in_a_round_keeps_it_from_being_overwritten(tiny_model_folder, tmp_path):
+    recipe, output = round_recipe(tiny_model_folder, tmp_path), tmp_path / "rounds"
+    open_rounds(output, recipe, overwrite=False)
+    ours = "stages.json candidates.jsonl scored.report.json run/checkpoint-4/optimizer.pt evaluation/samples/x.jsonl"
+    for name in (*ours.split(), "notes.txt"):
+        (output / "round-1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / "round-1" / name).write_text("years of work")
+    with pytest.raises(UserError, match=r"holds round-1/notes\.txt, which rrhf-peft rounds did not write"):
+        open_rounds(output, recipe, overwrite=True)
+    (output / "round-1" / "notes.txt").unlink()
+    open_rounds(output, recipe, overwrite=True)
+    assert not (output / "round-1").exists()
+
+
 def test_a_changed_held_out_file_is_refused(tiny_model_folder, tmp_path):
     values = evaluated(round_values(tiny_model_folder, tmp_path), tmp_path)
     recipe, output = make_recipe(values, needs=NEEDS), tmp_path / "rounds"
