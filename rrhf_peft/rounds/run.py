@@ -45,7 +45,7 @@ from rrhf_peft.rounds.table import Row, read_rows, rows_table, write_tables
 from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import files_of_scorer, score_recipe
 from rrhf_peft.train.run import train_recipe, training_config
-from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES
+from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES, read_recipe
 from rrhf_peft.train.run_folder import WRITES as TRAINING_WRITES
 
 RECIPE, INPUTS = "recipe.yaml", "inputs.json"
@@ -267,7 +267,7 @@ def _is_of_rounds(output: Path) -> bool:
 
 def _refuse_changes(output: Path, recipe: Recipe, inputs: dict[str, dict[str, str]]) -> None:
     try:
-        then = _flat(yaml.safe_load((output / RECIPE).read_text(encoding="utf-8")))
+        then = _flat(read_recipe(output / RECIPE)[1])
         inputs_then = json.loads((output / INPUTS).read_text(encoding="utf-8")) if (output / INPUTS).exists() else {}
         held = {key: dict(digests) for key, digests in inputs_then.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:

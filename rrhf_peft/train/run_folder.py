@@ -128,7 +128,9 @@ def read_recipe(path: Path) -> tuple[str, dict[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
+        # What is written there has no aliases, which can stand for more values than any memory holds.
+        has_aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        recipe = None if has_aliases else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

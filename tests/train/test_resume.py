@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -276,11 +277,19 @@ def test_one_run_at_a_time(tiny_model_folder, ranked, finished, tmp_path):
     assert train_recipe(recipe, resume=True).was_finished
 
 
+#: 4 ** 26 values, once they are written out.
+BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new} {{1: *{old}, 2: *{old}, 3: *{old}, 4: *{old}}}\n"
+    for old, new in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("recipe.yaml", "model: [", "cannot be read as a recipe"),
         ("recipe.yaml", "- a list", "this is not a recipe"),
+        ("recipe.yaml", BOMB, "this is not a recipe"),
         ("data_report.json", "{", "this is not JSON"),
         ("run.json", "[]", "this is not a JSON object"),
         ("metrics.jsonl", '{"step": 1}\n{"loss"\n{"step": 2}\n', "line 2: this is not the log of a step"),
