@@ -194,12 +194,18 @@ CASES: dict[str, Case] = {
     ),
     # the run folder
     "run folder is taken": Case(
-        _nothing, TRAIN + " training.output_dir={adapter}", ("already holds files", "--resume", "--overwrite")
+        _nothing,
+        TRAIN + " training.output_dir={adapter} training.learning_rate=0.5",
+        ("already holds files", "--resume", "--overwrite"),
     ),
     "overwriting what is no run": Case(
-        _nothing, TRAIN + " --overwrite training.output_dir={folder}", ("data_report.json", "Choose another")
+        _nothing,
+        TRAIN + " --overwrite training.output_dir={folder}",
+        ("holds", "which this run reads", "Choose another"),
     ),
-    "output cannot be written": Case(_nothing, TRAIN + " training.output_dir={recipe}/run", ("cannot be made in",)),
+    "output cannot be written": Case(
+        _nothing, TRAIN + " training.output_dir={recipe}/run", ("cannot be written", "is no folder")
+    ),
     "resuming another recipe": Case(
         _nothing,
         TRAIN + " --resume training.output_dir={adapter} training.learning_rate=0.5",
