@@ -28,7 +28,7 @@ demo: $(READY) ## Train, compare and merge a small model, from nothing, in a few
 	@$(BIN)/rrhf-peft demo --output runs/demo
 
 test: $(READY) ## Run the fast tests, README commands and notebooks included
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## Lint, format, types and import layers
 	@$(BIN)/ruff check .

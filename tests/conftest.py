@@ -12,6 +12,31 @@ import torch
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 
 
+#: Files whose tests take longest, one after the other: begun first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "house/test_readme.py",
+    "train/test_processes.py",
+    "test_kills.py",
+    "sample/test_sample_kills.py",
+    "notebooks/test_notebooks.py",
+    "cli/test_console.py",
+    "score/test_score_kills.py",
+    "rounds/test_rounds_examples.py",
+    "house/test_recipe_folders.py",
+    "train/test_online_processes.py",
+    "train/test_online.py",
+    "train/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def order(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=order)  # stable: all others keep their order
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real models and data beside the checkout; tests that need it skip from a plain clone."""
