@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
 
 
-#: Files whose tests take longest, one after the other: begun first, so that no worker is left alone with one at the end.
+#: Files whose tests take longest: begun first, so that no worker is left alone with one at the end.
 LONGEST = (
     "house/test_readme.py",
     "train/test_processes.py",
