@@ -74,23 +74,24 @@ def trained_as(folder: str | None) -> TrainedAs | None:
 def training_of(folder: str | None) -> dict[str, Any] | None:
     """Seconds, peak memory, optimizer steps and objective of the run in a folder; None where there is no run.
 
-    Of a run that was resumed, the seconds are those of its last session.
+    Also where its metrics are damaged: they are told beside an evaluation, which they need not end.
     """
     recipe = _run_recipe(folder)
     metrics = Path(folder or "").expanduser() / "metrics.jsonl"
     if recipe is None or not metrics.is_file():
         return None
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    closing = next((line for line in reversed(lines) if "train_runtime" in line), None)
-    if closing is None:
+    try:
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").split("\n")[:-1]]
+        closing = next(line for line in reversed(lines) if "train_runtime" in line)
+        peaks = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
+        return {
+            "seconds": float(closing["train_runtime"]),
+            "peak_memory_gib": float(max(peaks)) if peaks else None,
+            "steps": int(closing["step"]),
+            "objective": recipe.objective.name,
+        }
+    except (OSError, ValueError, TypeError, KeyError, StopIteration, RecursionError):
         return None
-    peaks = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
-    return {
-        "seconds": float(closing["train_runtime"]),
-        "peak_memory_gib": float(max(peaks)) if peaks else None,
-        "steps": int(closing["step"]),
-        "objective": recipe.objective.name,
-    }
 
 
 def _run_recipe(folder: str | None) -> Recipe | None:

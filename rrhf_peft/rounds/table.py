@@ -19,6 +19,7 @@ from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.rounds import is_current_policy
 from rrhf_peft.rounds.stages import RoundFolder, policy_name, source_of
+from rrhf_peft.train.run_folder import read_object
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def _shown(columns: Sequence[_Column], rows: Sequence[Row]) -> list[_Column]:
 def _row(recipe: Recipe, folder: RoundFolder, number: int) -> Row:
     facts: dict[str, Any] = {}
     if number > 0:
-        report = json.loads((folder.path / "scored.report.json").read_text(encoding="utf-8"))
-        data = json.loads((folder.path / "run" / "data_report.json").read_text(encoding="utf-8"))
+        report = read_object(folder.path / "scored.report.json")
+        data = read_object(folder.path / "run" / "data_report.json")
         training = folder.finished()["train"]
         facts = {
             "groups": data["train"]["groups_kept"],
@@ -126,7 +127,7 @@ def _own_mean(recipe: Recipe, sources: dict[str, dict[str, float]], number: int)
 
 def _evaluated(path: Path, policy: str) -> dict[str, float | None]:
     """What `evaluation.json` says of one policy."""
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_object(path)
     own = report["policies"][policy]
     reward = (own.get("rewards") or {}).get(report.get("headline")) or {}
     return {

@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import tokenize_groups
-from rrhf_peft.evaluate.inputs import make_plan, sampling_recipe, trained_as
+from rrhf_peft.evaluate.inputs import make_plan, sampling_recipe, trained_as, training_of
 from rrhf_peft.evaluate.run import evaluate_recipe, finished_evaluation
 from rrhf_peft.evaluate.statistics import distinct_n, kendall_tau, length_controlled_win_rate, pair_accuracy
 from rrhf_peft.evaluate.summary import _differences
@@ -346,6 +346,14 @@ def test_an_adapter_that_was_trained_again_is_noticed(tiny_model_folder, trained
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
     with pytest.raises(UserError, match=r"mine.jsonl: was made with other settings \(weights has another content\)"):
         evaluate_recipe(evaluation_recipe(tiny_model_folder, tmp_path, **settings))
+
+
+def test_damaged_metrics_of_a_run_do_not_end_its_evaluation(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert training_of(str(run))["steps"] > 0
+    for damage in ('{"step": 1, "train_runtime": "?"}\n', "[1]\n", "{\n", "\n", ""):
+        (run / "metrics.jsonl").write_text(damage)
+        assert training_of(str(run)) is None
 
 
 def test_another_rule_or_another_judge_is_noticed(tiny_model_folder, tmp_path, monkeypatch):

@@ -186,6 +186,16 @@ def test_overwritten_rounds_come_back_when_the_new_ones_fail_at_once_and_stay_un
     assert (output / "thesis.txt").exists()
 
 
+def test_a_damaged_report_of_a_round_is_one_paragraph_with_its_place(tiny_model_folder, tmp_path):
+    changes = {"prompts": 4, "training": {"max_steps": 1}, "rounds": {"count": 1}}
+    recipe = round_recipe(tiny_model_folder, tmp_path, **changes)
+    run_quietly(recipe)
+    damaged = tmp_path / "rounds" / "round-1" / "scored.report.json"
+    damaged.write_text("{")
+    with pytest.raises(UserError, match=rf"{damaged}: this is not JSON"):
+        run_quietly(recipe)
+
+
 def test_a_users_file_in_a_round_keeps_it_from_being_overwritten(tiny_model_folder, tmp_path):
     recipe, output = round_recipe(tiny_model_folder, tmp_path), tmp_path / "rounds"
     open_rounds(output, recipe, overwrite=False)
