@@ -53,11 +53,11 @@ def document(template: str, results: dict[str, Any], numbers: str) -> str:
     paper = yaml.safe_load(numbers)
     marked = re.findall(r"<!-- begin: (.+?) -->", template)
     if sorted(marked) != sorted(PARTS):
-        raise UserError(f"README.md: has the marked parts {', '.join(marked)}, and not {', '.join(PARTS)}. Mend it.")
+        raise UserError(f"README.md: has the marked parts {', '.join(marked)}, and not {', '.join(PARTS)}. Fix it.")
     for name, part in PARTS.items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         if template.count(end) != 1:
-            raise UserError(f"README.md: needs the line {end} once. Mend it.")
+            raise UserError(f"README.md: needs the line {end} once. Fix it.")
         before, _, rest = template.partition(begin)
         _, _, after = rest.partition(end)
         template = f"{before}{begin}\n{part(results, paper)}\n{end}{after}"

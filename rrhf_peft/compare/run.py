@@ -32,7 +32,7 @@ def compare_recipe(recipe: Recipe, *, console: Console | None = None) -> Evaluat
         console: where notes, progress and tables go; standard error by default.
 
     Raises:
-        UserError: anything the user can mend. What was finished is kept.
+        UserError: anything the user can fix. What was finished is kept.
     """
     assert recipe.compare is not None, "load_recipe(needs=['compare', ...])"
     names = recipe.compare.names

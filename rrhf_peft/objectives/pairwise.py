@@ -377,7 +377,7 @@ def kto(
     The reference point z0. The paper and TRL estimate the KL from mismatched pairs, each prompt with the response to
     another, which costs two more forward passes. Here z0 is the mean log-ratio of the responses themselves: "batch"
     averages each group's and then the groups of the micro-batch on this process, so z0 is the same for all of them and
-    depends on how groups are batched; "group" takes each group's own mean, which does not depend on the batch. Both
+    depends on how groups are batched; "group" takes each group's mean, which does not depend on the batch. Both
     follow the trained responses, so they lie above TRL's when mostly desirable responses gain probability and below it
     (down to 0) when mostly undesirable ones lose it. A number fixes z0; 0 is TRL's `apo_zero_unpaired`.
 

@@ -114,7 +114,7 @@ _NAME = re.compile(r"\w[\w .+=@-]*", flags=re.ASCII)
 
 
 def _contradictions(evaluation: EvaluationSection) -> Iterator[tuple[str, str]]:
-    """Yield (key inside evaluation, what is wrong and how to mend it) for settings that cannot go together."""
+    """Yield (key inside evaluation, what is wrong and how to fix it) for settings that cannot go together."""
     for name in evaluation.policies:
         if not _NAME.fullmatch(name):
             yield f"policies.{name}", "names a file as well; use letters, digits, blanks and . + = @ - _ only"

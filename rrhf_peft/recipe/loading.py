@@ -334,9 +334,7 @@ def _parse_yaml(text: str, where: str, of_file: str = "") -> tuple[Any, dict[Key
         number = mark.line + 1 if mark else None if position is None else text.count("\n", 0, position) + 1
         line = "" if number is None else f", line {number}"
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        raise UserError(
-            f"{where}{line}: this is not valid YAML ({' '.join(problem.split())}). Mend it there."
-        ) from None
+        raise UserError(f"{where}{line}: this is not valid YAML ({' '.join(problem.split())}). Fix it there.") from None
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], inside: tuple[yaml.Node, ...]) -> tuple[int, int]:

@@ -207,7 +207,7 @@ OBJECTIVE_NAMES = frozenset(
 def reference_contradictions(
     objective: Section, *, adapter: bool, init_lora_weights: Any, online: bool
 ) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to mend it) for a reference policy that cannot be had.
+    """Yield (key, what is wrong and how to fix it) for a reference policy that cannot be had.
 
     Args:
         objective: the section.

@@ -47,7 +47,7 @@ class OnlineSection(Section):
 
 
 def _contradictions(online: OnlineSection) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to mend it) for settings of the section that cannot go together."""
+    """Yield (key, what is wrong and how to fix it) for settings of the section that cannot go together."""
     decoding = online.decoding
     for name in ("model", "adapter", "endpoint"):
         if getattr(decoding, name) is not None:
@@ -62,7 +62,7 @@ def _contradictions(online: OnlineSection) -> Iterator[tuple[str, str]]:
 
 
 def online_contradictions(online: OnlineSection, data: Any, adapter: Any, training: Any) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to mend it) for what does not go with the other sections.
+    """Yield (key, what is wrong and how to fix it) for what does not go with the other sections.
 
     `data` and `training` are None where the recipe has none; `adapter` is None where all weights are trained.
     """

@@ -92,7 +92,7 @@ def is_current_policy(entry: Any) -> bool:
 def rounds_contradictions(
     sampling: SamplingSection | None, scoring: ScoringSection | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to mend it) for settings that cannot go together with `rounds`."""
+    """Yield (key, what is wrong and how to fix it) for settings that cannot go together with `rounds`."""
     if sampling is not None and not any(map(is_current_policy, sampling.candidates)):
         yield (
             "sampling.candidates",

@@ -131,7 +131,7 @@ class SamplingSection(Section):
 
 
 def _contradictions(sampling: SamplingSection) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to mend it) for settings that cannot go together."""
+    """Yield (key, what is wrong and how to fix it) for settings that cannot go together."""
     if not sampling.candidates and not sampling.keep_provided:
         yield "candidates", "is empty and keep_provided is false, so there is nothing to write; change one of the two"
     for place, entry in enumerate(sampling.candidates):

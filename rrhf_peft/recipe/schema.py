@@ -268,7 +268,7 @@ class Recipe(Section):
 
 
 def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to mend it) for settings that cannot go together."""
+    """Yield (key, what is wrong and how to fix it) for settings that cannot go together."""
     if recipe.model is not None:
         yield from _model_contradictions(recipe)
     if recipe.data is not None:

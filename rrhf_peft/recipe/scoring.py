@@ -225,7 +225,7 @@ class ScoringSection(_Strict):
 
 
 def _contradictions(scoring: ScoringSection) -> Iterator[tuple[str, str]]:
-    """Yield (key inside scoring, what is wrong and how to mend it) for settings that cannot go together."""
+    """Yield (key inside scoring, what is wrong and how to fix it) for settings that cannot go together."""
     if not scoring.output.endswith(".jsonl"):
         yield "output", f"{scoring.output!r} must end in .jsonl"
     yield from scorer_contradictions(scoring.scorer)

@@ -89,7 +89,7 @@ def run_rounds(recipe: Recipe, *, overwrite: bool = False, console: Console | No
         console: where notes, progress and tables go; standard error by default.
 
     Raises:
-        UserError: anything the user can mend. What was finished is kept.
+        UserError: anything the user can fix. What was finished is kept.
     """
     assert recipe.rounds is not None, "load_recipe(needs=['rounds', ...])"
     stages = Stages(recipe)
@@ -244,8 +244,8 @@ def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
         read["scoring.scorer"] = files_of_scorer(scoring.scorer, recipe)
     for label, scorer in (evaluation.scorers if evaluation is not None else {}).items():
         read[f"evaluation.scorers.{label}"] = files_of_scorer(scorer, recipe)
-    for key, found in read.items():
-        if known := {name: digest for name, digest in found.items() if digest is not None}:
+    for key, by_file in read.items():
+        if known := {name: digest for name, digest in by_file.items() if digest is not None}:
             inputs[key] = known
     return inputs
 
@@ -306,7 +306,7 @@ def _is_harmless(key: str) -> bool:
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value, without what is unset."""
     if isinstance(values, list) and any(isinstance(value, dict) for value in values):
-        values = {str(place): value for place, value in enumerate(values)}
+        values = {str(index): value for index, value in enumerate(values)}
     if not isinstance(values, dict) or not values:
         return {} if values is None else {prefix: values}
     flat: dict[str, Any] = {}

@@ -50,10 +50,10 @@ class Stages:
         sampling = values["sampling"]
         sampling["seed"] += number - 1
         assert self.recipe.sampling is not None
-        for entry, own in zip(sampling["candidates"], self.recipe.sampling.candidates, strict=True):
-            if is_current_policy(own):
-                entry["source"] = source_of(own, number)
-            elif own.model is None and own.endpoint is None:  # an adapter on the recipe's model
+        for entry, given in zip(sampling["candidates"], self.recipe.sampling.candidates, strict=True):
+            if is_current_policy(given):
+                entry["source"] = source_of(given, number)
+            elif given.model is None and given.endpoint is None:  # an adapter on the recipe's model
                 entry["model"] = self.recipe.model.name
         if prompts is not None:
             sampling.update(prompts=list(prompts), format="auto", max_prompts=None)
@@ -99,9 +99,9 @@ class Stages:
         paths = round_paths(self.rounds.output, number)
         if number == 0:
             paths = {"evaluation": {"output": f"{self.rounds.output.rstrip('/')}/base/evaluation"}}
-        for section, own in paths.items():
+        for section, keys in paths.items():
             if section in values:
-                values[section].update(own)
+                values[section].update(keys)
         return values
 
     def _made(self, values: dict[str, Any], number: int, needs: Iterable[str]) -> Recipe:
@@ -117,7 +117,7 @@ def slice_of(prompts: Sequence[Any], number: int, size: int) -> list[Any]:
     """What round `number` (from 1) takes: the next `size`, from the start again at the end; none of them twice."""
     size = min(size, len(prompts))
     start = (number - 1) * size
-    return [prompts[place % len(prompts)] for place in range(start, start + size)]
+    return [prompts[index % len(prompts)] for index in range(start, start + size)]
 
 
 def write_slice(folder: Path, sampling: SamplingSection, number: int, size: int, *, write: bool = True) -> list[str]:
@@ -127,12 +127,12 @@ def write_slice(folder: Path, sampling: SamplingSection, number: int, size: int,
         The files, in order: one, or several where prompts with, without and with scored responses are mixed,
         since a file is read as its first row is.
     """
-    found = read_groups(
+    everything = read_groups(
         sampling.prompts, format=sampling.format, split=sampling.split, max_groups=sampling.max_prompts, needs="prompt"
     )
     files = []
-    for place, (_, rows) in enumerate(itertools.groupby(slice_of(found, number, size), _kind), start=1):
-        path = folder / f"prompts{f'-{place}' if place > 1 else ''}.jsonl"
+    for part, (_, rows) in enumerate(itertools.groupby(slice_of(everything, number, size), _kind), start=1):
+        path = folder / f"prompts{f'-{part}' if part > 1 else ''}.jsonl"
         if write:
             replace_text(path, "".join(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in rows))
         files.append(str(path))

@@ -94,7 +94,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
 def _shown(columns: Sequence[_Column], rows: Sequence[Row]) -> list[_Column]:
     """Those with something in them; `own` says nothing where the policy wrote all candidates."""
     all_own = all(row.own == row.candidates for row in rows)
-    return [own for own in columns if any(map(own.cell, rows)) and not (own.title == "own" and all_own)]
+    return [column for column in columns if any(map(column.cell, rows)) and not (column.title == "own" and all_own)]
 
 
 def _row(recipe: Recipe, folder: RoundFolder, number: int) -> Row:
@@ -120,22 +120,22 @@ def _own_mean(recipe: Recipe, sources: dict[str, dict[str, float]], number: int)
     """Mean score of the responses that the policy of the round before wrote."""
     assert recipe.sampling is not None
     names = {source_of(entry, number) for entry in recipe.sampling.candidates if is_current_policy(entry)}
-    found = [sources[name] for name in sorted(names & sources.keys())]
-    count = sum(own["count"] for own in found)
-    return sum(own["mean"] * own["count"] for own in found) / count if count else None
+    present = [sources[name] for name in sorted(names & sources.keys())]
+    count = sum(source["count"] for source in present)
+    return sum(source["mean"] * source["count"] for source in present) / count if count else None
 
 
 def _evaluated(path: Path, policy: str) -> dict[str, float | None]:
     """What `evaluation.json` says of one policy."""
     report = read_object(path)
-    own = report["policies"][policy]
-    reward = (own.get("rewards") or {}).get(report.get("headline")) or {}
+    result = report["policies"][policy]
+    reward = (result.get("rewards") or {}).get(report.get("headline")) or {}
     return {
         "reward": reward.get("mean"),
         "low": reward.get("low"),
         "high": reward.get("high"),
-        "perplexity": own.get("perplexity"),
-        "pair_accuracy": ((own.get("preference") or {}).get("pair_accuracy") or {}).get("mean"),
+        "perplexity": result.get("perplexity"),
+        "pair_accuracy": ((result.get("preference") or {}).get("pair_accuracy") or {}).get("mean"),
     }
 
 

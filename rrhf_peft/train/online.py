@@ -143,8 +143,8 @@ class OnlineTrainer(RRHFTrainer):
         """By step and micro-batch: up to the next multiple of `every`, the epoch's end, or the run's."""
         step = self.state.global_step
         steps = min(self.every - step % self.every, self.state.max_steps - step)
-        found = (list(islice(epoch, self.args.gradient_accumulation_steps)) for _ in range(steps))
-        return [batches for batches in found if batches]
+        micro_batches = (list(islice(epoch, self.args.gradient_accumulation_steps)) for _ in range(steps))
+        return [batches for batches in micro_batches if batches]
 
     def _refresh(self, steps: list[list[list[OnlinePrompt]]]) -> list[list[GroupBatch]]:
         """Answer, score and penalise; collective. Every process does so for its own prompts."""
@@ -153,10 +153,10 @@ class OnlineTrainer(RRHFTrainer):
         prompts = [item for batches in steps for batch in batches for item in batch]
         answered = self._answer(prompts)
         options = (self.args.objective in NEEDS_PAIRS, self.objective_options.get("min_score_gap", 0.0))
-        learned = [why_dropped(own.scores, *options) is None for own in answered]
+        learned = [why_dropped(answers.scores, *options) is None for answers in answered]
         self._record(answered, learned)
 
-        groups = (own.group() if teaches else None for own, teaches in zip(answered, learned, strict=True))
+        groups = (answers.group() if teaches else None for answers, teaches in zip(answered, learned, strict=True))
         return [[self._batch([next(groups) for _ in batch], batch[0]) for batch in batches] for batches in steps]
 
     def _batch(self, groups: Sequence[TokenizedGroup | None], prompt: OnlinePrompt) -> GroupBatch:
@@ -180,11 +180,11 @@ class OnlineTrainer(RRHFTrainer):
             [
                 RankedGroup(
                     item.prompt,
-                    [*item.responses, *(candidate.text for candidate in own)],
-                    sources=[*item.sources, *[self.own_source] * len(own)],
+                    [*item.responses, *(candidate.text for candidate in drawn)],
+                    sources=[*item.sources, *[self.own_source] * len(drawn)],
                     index=item.index,
                 )
-                for item, own in zip(prompts, candidates, strict=True)
+                for item, drawn in zip(prompts, candidates, strict=True)
             ]
         )
         self._add_time("sampling_seconds", sampled - began)
@@ -192,42 +192,42 @@ class OnlineTrainer(RRHFTrainer):
         answered = [
             answers_of(
                 item,
-                own,
+                drawn,
                 self.own_source,
                 scores,
                 self.encoder,
                 max_tokens=self.args.max_tokens,
             )
-            for item, own, scores in zip(prompts, candidates, rewards, strict=True)
+            for item, drawn, scores in zip(prompts, candidates, rewards, strict=True)
         ]
-        for item, own, scores in zip(prompts, candidates, rewards, strict=True):
-            self._measure(own, [score for score in scores[len(item.responses) :] if score is not None])
+        for item, drawn, scores in zip(prompts, candidates, rewards, strict=True):
+            self._measure(drawn, [score for score in scores[len(item.responses) :] if score is not None])
         self._compare_with_adapter_off(answered)
         return answered
 
     def _compare_with_adapter_off(self, answered: Sequence[Answers]) -> None:
         """Log-ratios of all responses to the adapter-off policy, and the penalty where there is one."""
-        usable = [own for own in answered if own.response_ids]
+        usable = [answers for answers in answered if answers.response_ids]
         size = self.args.per_device_train_batch_size
         parts = [usable[start : start + size] for start in range(0, len(usable), size)]
         model: Any = self.model  # as it is inside DDP: nothing here has a gradient to synchronise
         with evaluating(model):
             if self.proof is None:  # collective: also where this process has nothing to compare
                 prompt = answered[0].prompt
-                first = self._batch([own.group() for own in parts[0]] if parts else [], prompt)
+                first = self._batch([answers.group() for answers in parts[0]] if parts else [], prompt)
                 self._prove_engine(model, self._prepare_input(first))
             if not isinstance(model, PeftModel):
                 return
             for part in parts:
-                batch = self._prepare_input(self._batch([own.group() for own in part], part[0].prompt))
+                batch = self._prepare_input(self._batch([answers.group() for answers in part], part[0].prompt))
                 with self.compute_loss_context_manager():
                     policy = self.engine.log_probs(model, batch)
                     reference = adapter_off_log_probs(self.engine, model, batch)
                 ratios = iter((policy.sum.double() - reference.sum.double()).tolist())
-                for own in part:
-                    log_ratios = [next(ratios) for _ in own.response_ids]
-                    own.penalise(log_ratios, self.kl_coefficient, self.kl_reduction)
-                    self._measure_kl(own, log_ratios)
+                for answers in part:
+                    log_ratios = [next(ratios) for _ in answers.response_ids]
+                    answers.penalise(log_ratios, self.kl_coefficient, self.kl_reduction)
+                    self._measure_kl(answers, log_ratios)
 
     # ---- Log ----
 
@@ -238,10 +238,10 @@ class OnlineTrainer(RRHFTrainer):
         self._add("rewards/max", sum(best), len(best))
         self._add("response_tokens", sum(candidate.num_tokens or 0 for candidate in candidates), len(candidates))
 
-    def _measure_kl(self, own: Answers, log_ratios: Sequence[float]) -> None:
+    def _measure_kl(self, answers: Answers, log_ratios: Sequence[float]) -> None:
         mine = [
             (ratio, len(ids))
-            for ratio, ids, is_own in zip(log_ratios, own.response_ids, own.sampled, strict=True)
+            for ratio, ids, is_own in zip(log_ratios, answers.response_ids, answers.sampled, strict=True)
             if is_own
         ]
         self._add("kl/response", sum(ratio for ratio, _ in mine), len(mine))
@@ -250,7 +250,7 @@ class OnlineTrainer(RRHFTrainer):
     def _record(self, answered: Sequence[Answers], learned: Sequence[bool]) -> None:
         """What was sampled into its file, what it was like into the log; collective."""
         step = self.state.global_step
-        rows = [own.row(teaches) for own, teaches in zip(answered, learned, strict=True)]
+        rows = [answers.row(teaches) for answers, teaches in zip(answered, learned, strict=True)]
         everyone = gather_object(rows)
         if self.is_world_process_zero():
             path = Path(str(self.args.output_dir)) / SAMPLED / f"step-{step:06}.jsonl"
@@ -326,7 +326,7 @@ def make_reward(section: Any, recipe: Recipe, seed: int, prompts: Sequence[Onlin
     def reward(groups: Sequence[RankedGroup]) -> list[list[float | None]]:
         by_label = {label: scorer.score(groups) for label, scorer in scorers.items()}
         return combined(
-            [{label: own[place] for label, own in by_label.items()} for place in range(len(groups))], section
+            [{label: scores[row] for label, scores in by_label.items()} for row in range(len(groups))], section
         )
 
     return reward
@@ -428,13 +428,13 @@ def answers_of(
     texts = [*prompt.responses, *(candidate.text for candidate in candidates)]
     sources = [*prompt.sources, *[own_source] * len(candidates)]
     provided = len(prompt.responses)
-    own: dict[str, list[Any]] = {
+    drawn: dict[str, list[Any]] = {
         "finish_reasons": [candidate.finish_reason for candidate in candidates],
         "num_tokens": [candidate.num_tokens for candidate in candidates],
         "token_ids": [candidate.token_ids for candidate in candidates],
         "tokenizers": [None if candidate.token_ids is None else encoder.fingerprint for candidate in candidates],
     }
-    sampled_as: dict[str, Any] = {name: [*prompt.sampled_as[name], *own[name]] for name in PER_RESPONSE}
+    sampled_as: dict[str, Any] = {name: [*prompt.sampled_as[name], *drawn[name]] for name in PER_RESPONSE}
     group = RankedGroup(prompt.prompt, texts, rewards, sources, index=prompt.index, **sampled_as)
     left_out = [
         {"response": text, "source": source, "reason": "not scored" if text.strip() else "empty"}
@@ -451,12 +451,12 @@ def answers_of(
     return Answers(
         prompt=prompt,
         response_ids=[item.ids for item in kept],
-        texts=[texts[place] for place in stay],
-        sources=[sources[place] for place in stay],
-        finish_reasons=[sampled_as["finish_reasons"][place] for place in stay],
+        texts=[texts[row] for row in stay],
+        sources=[sources[row] for row in stay],
+        finish_reasons=[sampled_as["finish_reasons"][row] for row in stay],
         tokenizer=encoder.fingerprint,
         rewards=rewards_kept,
-        sampled=[place >= provided for place in stay],
+        sampled=[row >= provided for row in stay],
         left_out=left_out,
         kl=[None] * len(stay),
         scores=list(rewards_kept),

@@ -124,9 +124,9 @@ class ReferenceCache:
         group, lengths = batch["group"], batch["response_lengths"]
         sizes = torch.bincount(group, minlength=len(batch["prompt_lengths"])).tolist()
         parts = []
-        for index, own in zip(batch["index"].tolist(), lengths.cpu().split(sizes), strict=True):
+        for index, counts in zip(batch["index"].tolist(), lengths.cpu().split(sizes), strict=True):
             start, stop = self._starts.get(split, {}).get(index, (0, 0))
-            if start == stop or not torch.equal(self._lengths[split][start:stop], own):
+            if start == stop or not torch.equal(self._lengths[split][start:stop], counts):
                 raise UserError(
                     f"group {index} of the {split} data has no cached reference log-probs. Give all data to the "
                     "trainer when it is made, or use objective.reference: adapter_off."

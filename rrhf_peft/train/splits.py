@@ -85,7 +85,7 @@ class OnlinePrompt:
     """One prompt to answer during training.
 
     Attributes:
-        index: its place in the data as read; part of the names of its random streams.
+        index: its row in the data as read; part of the names of its random streams.
         prompt: text or chat messages, for the scorer.
         prompt_ids: what the policy continues and is trained on.
         responses: what the data holds for it; ranked with the new ones where that is asked for.
@@ -159,11 +159,11 @@ def tokenize_prompts(
     form = TEMPLATES[template]
     texts = [prompt_text(group, tokenizer, template) for group in groups]
     encoded = encode_prompts(tokenizer, texts, add_bos=not form.writes_bos)
-    overlong = {place for place, ids in enumerate(encoded) if len(ids) > max_prompt_tokens}
+    overlong = {index for index, ids in enumerate(encoded) if len(ids) > max_prompt_tokens}
     if overlong and overlong_prompt == "error":
-        place = min(overlong)
+        index = min(overlong)
         raise UserError(
-            f"data.train: prompt {place} (from 0) has {len(encoded[place])} tokens, and {max_prompt_tokens} leave room "
+            f"data.train: prompt {index} (from 0) has {len(encoded[index])} tokens, and {max_prompt_tokens} leave room "
             "for a response. Raise data.max_tokens, shorten the prompt, or set data.overlong_prompt to truncate or "
             "drop."
         )
