@@ -38,18 +38,17 @@ def rows(run, step):
     return [json.loads(line) for line in text.split("\n") if line]  # a sampled text may hold other ends of lines
 
 
-@pytest.mark.parametrize(
-    ("every", "epochs", "steps"), [(1, 4, list(range(12))), (4, 8, [0, 3, 4, 6, 8, 9, 12, 15, 16, 18, 20, 21])]
-)
-def test_the_reward_rises(tiny_model_folder, prompts, tmp_path, every, epochs, steps):
+@pytest.mark.parametrize(("every", "epochs"), [(1, 12), (4, 18)])
+def test_the_reward_rises(tiny_model_folder, prompts, tmp_path, every, epochs):
     """Epochs of three steps: a refresh at every multiple of `every` and at every epoch's start."""
+    steps = [step for step in range(3 * epochs) if step % every == 0 or step % 3 == 0]
     run = tmp_path / "run"
     training = {"num_train_epochs": epochs}
     train_recipe(online_recipe(tiny_model_folder, prompts, run, online={"every": every}, training=training))
     seen = refreshes(run)
     assert [line["step"] for line in seen] == steps
     rewards = [line["rewards/mean"] for line in seen]
-    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.15
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
     assert all(line["rewards/max"] >= line["rewards/mean"] for line in seen)
     assert seen[0]["kl/response"] == pytest.approx(0, abs=1e-5)  # a new adapter changes nothing
     assert seen[-1]["kl/response"] > 1
@@ -118,6 +117,7 @@ def test_a_large_penalty_keeps_the_policy_near_the_base(tiny_model_folder, promp
                 prompts,
                 run,
                 online={"kl_coefficient": coefficient},
+                training={"num_train_epochs": 8},
             )
         )
         last = refreshes(run)[-3:]

@@ -90,14 +90,15 @@ def test_two_processes_equal_one(tiny_model_folder, ranked, tmp_path, name, conf
     accelerate_launch(split, tmp_path / "launch", config)
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 6
-    for metric in CURVE:
-        assert [line[metric] for line in two] == pytest.approx([line[metric] for line in one], rel=1e-5), metric
+    for metric in CURVE:  # differences of p_i near 4, of which float32 holds the next 5e-7 away: absolute, not relative
+        expected = [line[metric] for line in one]
+        assert [line[metric] for line in two] == pytest.approx(expected, rel=1e-5, abs=4e-6), metric
     weights = "model.safetensors" if adapter is None else "adapter_model.safetensors"
     expected, got = (load_file(tmp_path / run / weights) for run in ("one", "two"))
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         assert got[key].shape == value.shape
-        assert (got[key] - value).abs().max() < 1e-5, key
+        assert (got[key] - value).abs().max() < 1e-4, key  # six steps of Adam move a weight by up to 6e-2
 
 
 @pytest.mark.parametrize(
