@@ -98,7 +98,7 @@ def test_two_processes_equal_one(tiny_model_folder, ranked, tmp_path, name, conf
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         assert got[key].shape == value.shape
-        assert (got[key] - value).abs().max() < 1e-4, key  # six steps of Adam move a weight by up to 6e-2
+        assert (got[key] - value).abs().max() < 1e-4, key  # six steps of Adam move a weight by up to 6e-3
 
 
 @pytest.mark.parametrize(
