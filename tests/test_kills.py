@@ -152,11 +152,13 @@ def kill_everywhere(verb: str, model: Path, tmp_path: Path, count: int | None) -
     assert not wrong, f"{len(wrong)} of {len(chosen)}"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("verb", ["convert", "sample", "score", "evaluate", "merge"])
 def test_killed_at_some_moments(tiny_model_folder, tmp_path, verb):
     kill_everywhere(verb, tiny_model_folder, tmp_path, count=4)
 
 
+@pytest.mark.timeout(900)
 def test_rounds_killed_at_some_moments(tiny_model_folder, tmp_path):
     kill_everywhere("rounds", tiny_model_folder, tmp_path, count=3)
 
@@ -189,6 +191,7 @@ def kill_two(verb: str, model: Path, tmp_path: Path, numbers: list[int]) -> int:
     return kills
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_killed_at_some_moments(tiny_model_folder, tmp_path):
     assert kill_two("score", tiny_model_folder, tmp_path, [9, 22]) == 2
 

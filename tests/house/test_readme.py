@@ -71,6 +71,7 @@ def test_every_block_says_what_becomes_of_it() -> None:
             assert block.mark.startswith(("run", "file")), block.text
 
 
+@pytest.mark.timeout(900)
 def test_what_runs_runs(workspace: Path) -> None:
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
