@@ -300,7 +300,7 @@ def test_a_spent_budget_stops_and_goes_on_where_it_was(tmp_path):
     with judge_server(lambda call: honest(call["messages"])) as (url, server):
         with pytest.raises(UserError, match="max_requests: the budget of 20 is spent"):
             run(tmp_path, url, max_requests=20)
-        assert len(server.calls) == 20
+        assert 10 < len(server.calls) <= 20  # what was under way when the budget ended may not have gone out
         assert not (tmp_path / "scored.jsonl").exists()
         with pytest.raises(UserError, match="max_total_tokens: the budget of 300 is spent"):
             run(tmp_path, url, max_total_tokens=300, concurrency=1)
