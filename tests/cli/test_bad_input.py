@@ -335,8 +335,14 @@ def test_bad_input_is_answered_with_the_remedy(name: str, shop: Workshop, rrhf: 
     ("name", "command"),
     [
         ("malformed line", [sys.executable, "-m", "rrhf_peft.train"]),
-        ("truncated model weights", [sys.executable, "-m", "rrhf_peft.cli", "train"]),
-        ("merge of an adapter that does nothing", [sys.executable, "-m", "rrhf_peft.cli", "merge"]),
+        pytest.param(
+            "truncated model weights", [sys.executable, "-m", "rrhf_peft.cli", "train"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "merge of an adapter that does nothing",
+            [sys.executable, "-m", "rrhf_peft.cli", "merge"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_real_process_answers_alike(name: str, command: list[str], shop: Workshop) -> None:

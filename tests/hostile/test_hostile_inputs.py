@@ -437,8 +437,12 @@ def test_the_table_is_as_long_as_it_says() -> None:
     assert verbs >= {*READS_RECIPE, "convert", "merge", "report", "schema", "demo"}
 
 
+#: Every second case is for `-m slow`: the other half has some of every verb and kind.
+CHOSEN = [pytest.param(name, marks=pytest.mark.slow) if number % 2 else name for number, name in enumerate(CASES)]
+
+
 @pytest.mark.timeout(120, func_only=True)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_it_is_refused(name: str, refused: Refused) -> None:
     command, spoil = CASES[name]
     refused(command.split(" "), spoil)

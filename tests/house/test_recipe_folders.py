@@ -193,6 +193,7 @@ def test_online_training_answers_its_prompts(name, tiny_model_folder, hh, reward
     assert (outcome.run_folder / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_iterated_rounds_train_all_weights_further(tiny_model_folder, hh, reward_folder, tmp_path) -> None:
     recipe = in_miniature("ip", tiny_model_folder, hh, reward_folder, tmp_path, "rounds.count=2")
     outcome = run_rounds(recipe)

@@ -77,6 +77,7 @@ def test_round_1_is_what_the_single_verbs_do(tiny_model_folder, two_rounds, tmp_
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_all_weights_in_slices_with_the_base_trained_anew(tiny_model_folder, tmp_path):
     changes = {
         "adapter": None,
@@ -96,6 +97,7 @@ def test_all_weights_in_slices_with_the_base_trained_anew(tiny_model_folder, tmp
     assert {own["policy"] for own in details} == {"run"}  # sampled by the trained weights
 
 
+@pytest.mark.slow
 def test_no_model_stays_in_memory_when_a_stage_is_over(tiny_model_folder, tmp_path):
     values = round_values(tiny_model_folder, tmp_path, prompts=8, training={"max_steps": 1})
     values["scoring"]["scorer"]["function"] = "score_rules:counting_live_models"

@@ -41,7 +41,7 @@ def launch(recipe_file, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_kill_minus_nine_and_resume(tiny_model_folder, ranked, tmp_path, dropout):
     adapter = {"r": 4, "lora_dropout": dropout}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
