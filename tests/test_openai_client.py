@@ -259,7 +259,7 @@ def test_an_error_does_not_wait_for_requests_under_way():
 
 def test_budgets():
     with judge_server(lambda call: "fine") as (url, server):
-        client, _ = client_of(url, max_requests=3)
+        client, _ = client_of(url, max_requests=3, concurrency=1)
         with pytest.raises(UserError, match=r"here\.max_requests: the budget of 3 is spent"):
             client.gather(lambda text: failed(client, text), ["q"] * 9)
         assert len(server.calls) == 3
