@@ -14,7 +14,7 @@ from rrhf_peft.console import terminal
 from rrhf_peft.evaluate.run import Evaluation, evaluate_recipe
 from rrhf_peft.jobs import launched_processes
 from rrhf_peft.recipe import Recipe, load_recipe, make_recipe, recipe_text
-from rrhf_peft.recipe.compare import run_folder
+from rrhf_peft.recipe.schema import compared_run
 from rrhf_peft.records import UserError
 from rrhf_peft.train.run import train_recipe, training_config
 
@@ -64,7 +64,7 @@ def objective_recipe(recipe: Recipe, name: str) -> Recipe:
     assert recipe.compare is not None
     values = _values(recipe, leave_out=("compare", "evaluation"))
     values["objective"] = recipe.compare.objectives[name].model_dump(mode="json")
-    values["training"]["output_dir"] = run_folder(recipe.compare.output, name)
+    values["training"]["output_dir"] = compared_run(recipe.compare.output, name)
     return make_recipe(values, f"objective {name} of {recipe.compare.output}")
 
 

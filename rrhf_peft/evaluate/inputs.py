@@ -19,8 +19,7 @@ from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
 from rrhf_peft.modeling import load_config, resolve_source, tokenizer_of, weights_fingerprint
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, load_recipe, make_recipe
-from rrhf_peft.recipe.evaluation import PolicySection
-from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer, RuleScorer
+from rrhf_peft.recipe.stages import JudgeScorer, PolicyScorer, PolicySection, RewardModelScorer, RuleScorer
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.policies import Stage, check_adapters, make_stages
 from rrhf_peft.sample.prompts import encode_prompts

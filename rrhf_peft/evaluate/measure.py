@@ -16,7 +16,7 @@ from rrhf_peft.jobs import Processes, ShardedOutput, fingerprint_of
 from rrhf_peft.modeling import attach_adapter, base_of, tokenizer_of
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import ModelSection
-from rrhf_peft.recipe.scoring import JudgeScorer
+from rrhf_peft.recipe.stages import JudgeScorer
 from rrhf_peft.records import RankedGroup
 from rrhf_peft.score.judge import Judge, parse_ranks, ranking_messages
 from rrhf_peft.score.policy import PolicyScores

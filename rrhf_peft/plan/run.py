@@ -33,7 +33,7 @@ from rrhf_peft.modeling.base_model import DTYPES, load_config
 from rrhf_peft.plan.activations import head_bytes, pass_bytes
 from rrhf_peft.plan.weights import Weights, is_paged, optimizer_bytes, shaped_weights, step_bytes
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.scoring import JudgeScorer, RuleScorer
+from rrhf_peft.recipe.stages import JudgeScorer, RuleScorer
 
 #: Responses per prompt that a plan allows for unless told otherwise.
 USUAL_RESPONSES = 8

@@ -10,20 +10,423 @@ import dataclasses
 import enum
 import types
 import typing
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
 from peft import LoraConfig
 from pydantic import Field, create_model, model_validator
 from transformers import TrainingArguments
 
-from rrhf_peft.recipe.compare import CompareSection, with_compare_paths
-from rrhf_peft.recipe.evaluation import EvaluationSection
-from rrhf_peft.recipe.objectives import ObjectiveSection, RRHFObjective, reference_contradictions
-from rrhf_peft.recipe.online import OnlineSection, online_contradictions
-from rrhf_peft.recipe.rounds import RoundsSection, rounds_contradictions, with_round_paths
-from rrhf_peft.recipe.sampling import SamplingSection
-from rrhf_peft.recipe.scoring import ScoringSection
-from rrhf_peft.recipe.section import Filled, OutputPath, Paths, Section
+from rrhf_peft.recipe.stages import (
+    CandidatesSection,
+    EvaluationSection,
+    Filled,
+    OutputPath,
+    Paths,
+    RoundsSection,
+    SamplingSection,
+    ScorerSection,
+    ScoringSection,
+    Section,
+    entry_contradictions,
+    rounds_contradictions,
+    scorer_contradictions,
+    with_round_paths,
+)
+
+
+def takes_from_base(init_lora_weights: object) -> bool:
+    """Whether this initialisation moves a part of the base weights into the adapter.
+
+    With such an adapter switched off, neither the base nor the starting policy is left.
+    """
+    return str(init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga"))
+
+
+class RRHFObjective(Section):
+    """The RRHF loss (arXiv 2304.05302), Eq. 1-5."""
+
+    name: Literal["rrhf"] = "rrhf"
+    variant: Literal["balanced", "paper", "released"] = Field(
+        "balanced",
+        description="balanced: Eq. 1-2 and a mean SFT loss. paper: Eq. 1-5 to the letter. released: the released "
+        "code's arithmetic, which divides by the padded length.",
+    )
+    rank_weight: float = Field(1.0, ge=0, description="Weight of the ranking loss.")
+    sft_weight: float = Field(1.0, ge=0, description="Weight of the fine-tuning loss on the best response.")
+    length_penalty: float = Field(1.0, ge=0, description="Exponent a of |y| in Eq. 1.")
+    margin: float = Field(0.0, description="Added inside the hinge of Eq. 2.")
+    min_score_gap: float = Field(0.0, ge=0, description="Only pairs whose scores differ by more than this count.")
+    pair_function: Literal["hinge", "logistic"] = Field(
+        "hinge", description="hinge: max(0, d). logistic: log(1 + exp(d))."
+    )
+    pair_reduction: Literal["sum", "mean"] = Field("sum", description="Over the ordered pairs of a group.")
+    sft_reduction: Literal["sum", "mean"] | None = Field(
+        None, description="Over the best response's tokens. Unset: sum for paper, mean for balanced."
+    )
+    tied_best: Literal["first", "mean"] = Field(
+        "first", description="Fine-tuning target when several responses share the best score."
+    )
+
+
+class SFTObjective(Section):
+    """Fine-tuning on the best response only."""
+
+    name: Literal["sft"]
+    sft_reduction: Literal["sum", "mean"] = Field("mean", description="Over the best response's tokens.")
+    tied_best: Literal["first", "mean"] = Field("first", description="Target when several share the best score.")
+
+
+class _RankedObjective(Section):
+    """What every objective on ordered pairs can be told."""
+
+    pairs: Literal["all", "best_worst", "best_vs_rest"] = Field(
+        "all", description="Which ordered pairs of a group: all, the best with the worst, or the best with each other."
+    )
+    min_score_gap: float = Field(0.0, ge=0, description="Only pairs whose scores differ by more than this count.")
+
+
+class _WithReference(Section):
+    """Objectives that cannot do without a reference policy."""
+
+    reference: Literal["auto", "adapter_off", "cached"] = Field(
+        "auto",
+        description="Reference log-probs. adapter_off: the base, by a second forward pass with the adapter off. "
+        "cached: the policy that training starts from, by one pass over the data before it. auto: adapter_off for a "
+        "new adapter, else cached.",
+    )
+
+
+class _MayHaveReference(Section):
+    """Objectives with and without a reference policy."""
+
+    reference: Literal["none", "auto", "adapter_off", "cached"] = Field(
+        "none", description="none: log-probs themselves are compared. Otherwise log-ratios; choices as for dpo."
+    )
+
+
+class DPOObjective(_RankedObjective, _WithReference):
+    """Direct preference optimization (arXiv 2305.18290), Eq. 7."""
+
+    name: Literal["dpo"]
+    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs thought to be labelled wrongly.")
+
+
+class IPOObjective(_RankedObjective, _WithReference):
+    """Identity preference optimization (arXiv 2310.12036), Eq. 17."""
+
+    name: Literal["ipo"]
+    beta: float = Field(0.1, gt=0, description="tau: the difference of log-ratios is drawn to 1 / (2 beta).")
+    average_log_prob: bool = Field(True, description="Log-ratios per token, as TRL does; false: sums, as the paper.")
+
+
+class ODPOObjective(_RankedObjective, _WithReference):
+    """DPO with an offset from the score gap (arXiv 2402.10571)."""
+
+    name: Literal["odpo"]
+    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
+    alpha: float = Field(1.0, ge=0, description="How much the score gap counts; 0 is dpo.")
+    offset: Literal["log", "linear"] = Field("log", description="alpha * log(gap), or alpha * gap.")
+
+
+class SimPOObjective(_RankedObjective):
+    """Simple preference optimization (arXiv 2405.14734), Eq. 6."""
+
+    name: Literal["simpo"]
+    beta: float = Field(2.0, gt=0, description="Scales the mean log-prob per token.")
+    gamma: float = Field(0.5, description="Margin between two rewards (TRL's simpo_gamma).")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs thought to be labelled wrongly.")
+
+
+class ORPOObjective(_RankedObjective):
+    """Odds ratio preference optimization (arXiv 2403.07691), Eq. 6."""
+
+    name: Literal["orpo"]
+    beta: float = Field(0.1, ge=0, description="lambda: weight of the odds ratio loss beside the fine-tuning loss.")
+    tied_best: Literal["first", "mean"] = Field("first", description="Target when several share the best score.")
+
+
+class _WithFineTuning(Section):
+    """A ranking loss beside a weighted fine-tuning loss on the best response."""
+
+    sft_weight: float = Field(1.0, ge=0, description="Weight of the fine-tuning loss on the best response.")
+    sft_reduction: Literal["sum", "mean"] = Field("mean", description="Over the best response's tokens.")
+    tied_best: Literal["first", "mean"] = Field("first", description="Target when several share the best score.")
+
+
+class CPOObjective(_RankedObjective, _WithFineTuning):
+    """Contrastive preference optimization (arXiv 2401.08417), Eq. 3; `sft_weight` is TRL's cpo_alpha."""
+
+    name: Literal["cpo"]
+    beta: float = Field(0.1, gt=0, description="Scales the difference of summed log-probs.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs thought to be labelled wrongly.")
+
+
+class KTOObjective(_WithReference):
+    """Kahneman-Tversky optimization (arXiv 2402.01306), Eq. 7."""
+
+    name: Literal["kto"]
+    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
+    desirable_weight: float = Field(1.0, ge=0, description="lambda_D.")
+    undesirable_weight: float = Field(1.0, ge=0, description="lambda_U.")
+    threshold: Literal["group_mean"] | float = Field(
+        "group_mean", description="Scores above are desirable, those below not: a number, or each group's mean."
+    )
+    reference_point: Literal["batch", "group"] | Annotated[float, Field(ge=0)] = Field(
+        "batch", description="z0: mean log-ratio of the micro-batch or of the group, at least 0; or a number of nats."
+    )
+
+
+class HingeObjective(_RankedObjective, _WithFineTuning, _MayHaveReference):
+    """SLiC-HF (arXiv 2305.10425); with a reference and sft_weight 0, TRL's hinge form of DPO."""
+
+    name: Literal["hinge"]
+    beta: float = Field(1.0, gt=0, description="Scales log-probs, or log-ratios, before they are compared.")
+    margin: float = Field(1.0, ge=0, description="delta inside the hinge.")
+    length_penalty: float = Field(0.0, ge=0, description="Log-probs are divided by |y| to this power.")
+
+
+class PlackettLuceObjective(_MayHaveReference):
+    """The likelihood of the whole ranking (DPO's appendix A.3, LiPO's list-MLE)."""
+
+    name: Literal["plackett_luce"]
+    beta: float = Field(1.0, gt=0, description="Scales log-probs, or log-ratios, before they are compared.")
+    length_penalty: float = Field(1.0, ge=0, description="Log-probs are divided by |y| to this power.")
+    top_k: int | None = Field(None, ge=1, description="Only the first this many ranks. Unset: all.")
+
+
+class PROObjective(_WithFineTuning):
+    """Preference ranking optimization (arXiv 2306.17492)."""
+
+    name: Literal["pro"]
+    temperature: Literal["score_gap", "none"] = Field(
+        "score_gap", description="score_gap: a contrast counts by its difference in score. none: all alike."
+    )
+    sft_weight: float = Field(0.05, ge=0, description="Weight of the fine-tuning loss, times (k - 1)^2.")
+    sft_reduction: Literal["sum", "mean"] = Field("sum", description="Over the best response's tokens.")
+
+
+ObjectiveSection = Annotated[
+    RRHFObjective
+    | SFTObjective
+    | DPOObjective
+    | IPOObjective
+    | ODPOObjective
+    | SimPOObjective
+    | ORPOObjective
+    | CPOObjective
+    | KTOObjective
+    | HingeObjective
+    | PlackettLuceObjective
+    | PROObjective,
+    Field(discriminator="name"),
+]
+
+#: What `objective.name` may be.
+OBJECTIVE_NAMES = frozenset(
+    section.model_fields["name"].annotation.__args__[0] for section in get_args(get_args(ObjectiveSection)[0])
+)
+
+
+def reference_contradictions(
+    objective: Section, *, adapter: bool, init_lora_weights: Any, online: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong and how to fix it) for a reference policy that cannot be had.
+
+    Args:
+        objective: the section.
+        adapter: whether an adapter is trained, a new one or one that is there already.
+        init_lora_weights: of a new adapter.
+        online: whether training makes new responses.
+    """
+    reference = getattr(objective, "reference", "none")
+    if reference == "adapter_off" and not adapter:
+        yield "objective.reference", "adapter_off needs an adapter, and all weights are trained; use cached"
+    if reference == "adapter_off" and takes_from_base(init_lora_weights):
+        yield (
+            "objective.reference",
+            f"adapter.init_lora_weights {init_lora_weights} moves a part of the base into the adapter, so that with "
+            "the adapter off another model is left; use cached",
+        )
+    if reference == "cached" and online:
+        yield "objective.reference", "online training makes new responses, which no cache holds; use adapter_off"
+
+
+#: transformers' own `save_steps`.
+_SAVE_STEPS = 500
+
+
+class OnlineSection(Section):
+    """Every `every` optimizer steps the current policy answers the prompts of the next ones, and the scorer scores."""
+
+    every: int = Field(ge=1, description="k of OP-k: optimizer steps between two samplings.")
+    decoding: CandidatesSection = Field(
+        description="How the policy answers, as an entry of `sampling.candidates` without model, adapter and backend."
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="As `sampling.stop`: texts that end a response and are cut off."
+    )
+    scorer: ScorerSection = Field(description="Who scores, as `scoring.scorer`; people cannot.")
+    keep_provided: bool = Field(
+        True, description="Rank the responses that `data.train` holds for the prompt together with the new ones."
+    )
+    kl_coefficient: float = Field(
+        0.0, ge=0, description="b of reward - b * KL against the policy with its adapter off. 0: no penalty."
+    )
+    kl_reduction: Literal["sum", "mean"] = Field(
+        "sum", description="KL of a response: sum over its tokens of log-ratio, or their mean."
+    )
+    seed: int = Field(0, ge=0, description="Of top_p; each refresh has draws of its own.")
+    batch_tokens: int = Field(16384, ge=1, description="Tokens decoded together; halved when memory is out.")
+
+    @model_validator(mode="after")
+    def _refuse_impossible_combinations(self) -> OnlineSection:
+        for key, problem in _online_contradictions(self):
+            raise ValueError(f"online.{key}: {problem}")
+        return self
+
+
+def _online_contradictions(online: OnlineSection) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong and how to fix it) for settings of the section that cannot go together."""
+    decoding = online.decoding
+    for name in ("model", "adapter", "endpoint"):
+        if getattr(decoding, name) is not None:
+            yield f"decoding.{name}", "the policy in training answers, and no other; remove it"
+    if decoding.backend != "transformers":
+        yield "decoding.backend", "the policy in training is decoded where it is; remove it"
+    yield from entry_contradictions(decoding, "decoding")
+    parts = online.scorer.parts.values() if online.scorer.name == "composite" else []
+    if "human" in [online.scorer.name, *(part.scorer.name for part in parts)]:
+        yield "scorer", "training does not wait for people; use another scorer, or rrhf-peft sample, score and train"
+    yield from scorer_contradictions(online.scorer)
+
+
+def online_contradictions(online: OnlineSection, data: Any, adapter: Any, training: Any) -> Iterator[tuple[str, str]]:
+    """Yield (key, what is wrong and how to fix it) for what does not go with the other sections.
+
+    `data` and `training` are None where the recipe has none; `adapter` is None where all weights are trained.
+    """
+    if online.kl_coefficient > 0:
+        if adapter is None:
+            yield (
+                "online.kl_coefficient",
+                "the penalty is against the model with its adapter off, and adapter is null; give an adapter, or set 0",
+            )
+        elif takes_from_base(adapter.init_lora_weights):
+            yield (
+                "online.kl_coefficient",
+                f"adapter.init_lora_weights: {adapter.init_lora_weights} takes a part out of the base weights, so that "
+                "switching the adapter off does not give the base; remove it, or set 0",
+            )
+    if data is not None:
+        room = data.max_tokens - (data.max_prompt_tokens or 2)
+        if online.decoding.max_new_tokens > room:
+            yield (
+                "online.decoding.max_new_tokens",
+                f"{online.decoding.max_new_tokens} with data.max_prompt_tokens do not fit into data.max_tokens = "
+                f"{data.max_tokens}; raise data.max_tokens, or lower one of the two",
+            )
+    if training is not None:
+        yield from _checkpoint_contradictions(online.every, training)
+
+
+def _checkpoint_contradictions(every: int, training: Any) -> Iterator[tuple[str, str]]:
+    """A run can only be continued where new responses are sampled: elsewhere the last ones would be missing."""
+    if training.save_strategy == "best":
+        yield (
+            "training.save_strategy",
+            f"best may save between two samplings; use steps with training.save_steps a multiple of online.every = "
+            f"{every}, or epoch",
+        )
+    save_steps = _SAVE_STEPS if training.save_steps is None else training.save_steps
+    if training.save_strategy == "steps" and (save_steps < 1 or save_steps % every):
+        yield (
+            "training.save_steps",
+            f"{save_steps:g} is not a multiple of online.every = {every}, where alone a run can be continued; set it "
+            "to one, or training.save_strategy to epoch",
+        )
+
+
+class CompareSection(Section):
+    """What `rrhf-peft compare` reads, beside `model`, `data`, `training` and `evaluation`.
+
+    Only the objective differs between the runs. The section `objective` and the paths (training.output_dir,
+    evaluation.output and policies) are set by the comparison and left out of the recipe.
+    """
+
+    output: OutputPath = Field(description="The folder of all runs; each has a folder with its name in it.")
+    objectives: dict[str, ObjectiveSection] = Field(
+        min_length=1, description="Name in the table -> objective; a name that is an objective's own says the kind."
+    )
+    only: list[str] | None = Field(None, min_length=1, description="Train and compare only these. Unset: all.")
+
+    @property
+    def names(self) -> list[str]:
+        """The runs, in the order of the table."""
+        return [name for name in self.objectives if self.only is None or name in self.only]
+
+    @model_validator(mode="after")
+    def _refuse_unknown_names(self) -> CompareSection:
+        for name in self.only or []:
+            if name not in self.objectives:
+                known = ", ".join(self.objectives)
+                raise ValueError(f"compare.only: there is no objective {name!r}; there are {known}")
+        return self
+
+
+def compared_run(output: str, name: str) -> str:
+    """Where the run of one objective is."""
+    return f"{output.rstrip('/')}/{name}"
+
+
+def with_compare_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's unchecked values with the first objective and the paths filled in; without `compare`, as they are.
+
+    So the single verbs (`inspect`, `plan`, `train`, `evaluate`) understand the recipe as well.
+
+    Raises:
+        ValueError: one of these is set to something else.
+    """
+    compare = values.get("compare")
+    objectives = compare.get("objectives") if isinstance(compare, dict) else None
+    output = compare.get("output") if isinstance(compare, dict) else None
+    if not isinstance(objectives, dict) or not objectives or not isinstance(output, str):
+        return values
+    assert isinstance(compare, dict)
+    named = {
+        name: {"name": name, **item} if isinstance(item, dict) and name in OBJECTIVE_NAMES else item
+        for name, item in objectives.items()
+    }
+    filled = {**values, "compare": {**compare, "objectives": named}}
+    only = compare.get("only")
+    names = [name for name in named if not isinstance(only, list) or name in only] or list(named)
+    first = named[names[0]]
+    chosen = values.get("objective")
+    if isinstance(chosen, dict) and isinstance(first, dict) and chosen.get("name") != first.get("name"):
+        raise ValueError("objective: is set by compare.objectives; remove it")
+    filled["objective"] = chosen or first
+    weights = "model" if "adapter" in values and values["adapter"] is None else "adapter"
+    policies = {"base": {}, **{name: {weights: compared_run(output, name)} for name in names}}
+    for section, key, value in (
+        ("training", "output_dir", compared_run(output, names[0])),
+        ("evaluation", "output", f"{output.rstrip('/')}/evaluation"),
+        ("evaluation", "policies", policies),
+    ):
+        inside = filled.get(section)
+        if not isinstance(inside, dict):
+            continue
+        if _without_nulls(inside.get(key, value)) != value:
+            raise ValueError(f"{section}.{key}: is set by compare, in {output}; remove it")
+        filled[section] = {**inside, key: value}
+    return filled
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
 
 Quantization = Literal["none", "int8", "nf4", "fp4"]
 Layout = Literal["auto", "shared", "plain"]
@@ -267,7 +670,7 @@ class Recipe(Section):
         return self
 
 
-def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield (key, what is wrong and how to fix it) for settings that cannot go together."""
     if recipe.model is not None:
         yield from _model_contradictions(recipe)
@@ -305,7 +708,7 @@ def _contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
     )
 
 
-def _model_contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
+def _model_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     model = recipe.model
     if model.quantization != "none" and recipe.adapter is None:
         yield (
@@ -319,7 +722,7 @@ def _model_contradictions(recipe: Recipe) -> typing.Iterator[tuple[str, str]]:
         yield "engine.layout", "shared needs an attention mask that flash_attention_2 cannot take; use sdpa or plain"
 
 
-def _data_contradictions(data: DataSection) -> typing.Iterator[tuple[str, str]]:
+def _data_contradictions(data: DataSection) -> Iterator[tuple[str, str]]:
     if data.max_prompt_tokens is not None and data.max_prompt_tokens >= data.max_tokens:
         yield (
             "data.max_prompt_tokens",

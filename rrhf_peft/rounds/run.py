@@ -38,7 +38,7 @@ from rrhf_peft.files import (
 from rrhf_peft.jobs import Processes, exclusive, fingerprint_of, launched_processes
 from rrhf_peft.modeling import weights_fingerprint
 from rrhf_peft.recipe import Recipe, recipe_text
-from rrhf_peft.recipe.scoring import JudgeScorer, PolicyScorer, RewardModelScorer
+from rrhf_peft.recipe.stages import JudgeScorer, PolicyScorer, RewardModelScorer
 from rrhf_peft.records import UserError
 from rrhf_peft.rounds.stages import RoundFolder, Stages, policy_name, write_slice
 from rrhf_peft.rounds.table import Row, read_rows, rows_table, write_tables

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from rrhf_peft.data import read_groups
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe, SamplingSection, make_recipe, recipe_text
-from rrhf_peft.recipe.rounds import is_current_policy, round_paths
+from rrhf_peft.recipe.stages import is_current_policy, round_paths
 from rrhf_peft.records import RankedGroup, UserError
 
 #: What training reads; the rest may change without making a run another one.

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.rounds import is_current_policy
+from rrhf_peft.recipe.stages import is_current_policy
 from rrhf_peft.rounds.stages import RoundFolder, policy_name, source_of
 from rrhf_peft.train.run_folder import read_object
 

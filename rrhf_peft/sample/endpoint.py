@@ -12,7 +12,7 @@ from typing import Any
 
 from rrhf_peft.data import chat_messages, prompt_text
 from rrhf_peft.openai_client import OpenAIClient, RequestFailedError
-from rrhf_peft.recipe.sampling import EndpointSection
+from rrhf_peft.recipe.stages import EndpointSection
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.candidate import Answers, Candidate, Decoding, FinishReason
 

@@ -18,8 +18,8 @@ import torch
 from rrhf_peft.data import prompt_text, stop_token_ids, tokenization_fingerprint
 from rrhf_peft.modeling import attach_adapter, base_of, read_adapter, tokenizer_of, weights_fingerprint
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection, takes_from_base
-from rrhf_peft.recipe.online import OnlineSection
-from rrhf_peft.recipe.sampling import EndpointSection
+from rrhf_peft.recipe.schema import OnlineSection
+from rrhf_peft.recipe.stages import EndpointSection
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.candidate import Answers, Candidate, Decoding
 from rrhf_peft.sample.endpoint import EndpointPolicy

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rrhf_peft.recipe.scoring import CompositeScorer
+from rrhf_peft.recipe.stages import CompositeScorer
 from rrhf_peft.records import LARGEST_SCORE, RankedGroup, UserError
 from rrhf_peft.score.candidates import GroupScores
 

@@ -28,7 +28,7 @@ from rrhf_peft.score.combine import share_beaten
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
-    from rrhf_peft.recipe.scoring import JudgeScorer
+    from rrhf_peft.recipe.stages import JudgeScorer
 
 Answer = TypeVar("Answer")
 

@@ -29,7 +29,7 @@ from rrhf_peft.score.judge import letter_label
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
-    from rrhf_peft.recipe.scoring import HumanScorer
+    from rrhf_peft.recipe.stages import HumanScorer
 
 COLUMNS = ("group", "label", "prompt", "response", "rank")
 

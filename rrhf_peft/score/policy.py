@@ -16,7 +16,7 @@ from rrhf_peft.data import GroupCollator, tokenize_every_response
 from rrhf_peft.logprobs import install, prove
 from rrhf_peft.modeling import load_policy, read_adapter, refuse_beyond_context
 from rrhf_peft.recipe import ModelSection, Recipe
-from rrhf_peft.recipe.scoring import PolicyScorer
+from rrhf_peft.recipe.stages import PolicyScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.score.batches import TokenBudget
 from rrhf_peft.score.candidates import GroupScores

@@ -35,7 +35,7 @@ from rrhf_peft.score.candidates import GroupScores
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
-    from rrhf_peft.recipe.scoring import RuleScorer, SourceScorer
+    from rrhf_peft.recipe.stages import RuleScorer, SourceScorer
 
 #: (prompt, its responses) -> one score per response.
 Rule = Callable[[str, list[str]], list[float]]

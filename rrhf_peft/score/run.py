@@ -25,7 +25,7 @@ from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, 
 from rrhf_peft.modeling import weights_fingerprint
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.recipe.scoring import (
+from rrhf_peft.recipe.stages import (
     CompositeScorer,
     HumanScorer,
     PolicyScorer,

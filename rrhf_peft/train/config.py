@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from rrhf_peft.objectives import OBJECTIVES
 from rrhf_peft.recipe.messages import did_you_mean
-from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES, ObjectiveSection
+from rrhf_peft.recipe.schema import OBJECTIVE_NAMES, ObjectiveSection
 from rrhf_peft.records import UserError
 
 

@@ -8,7 +8,7 @@ import pytest
 from judge_server import judge_server, labelled_in
 
 from rrhf_peft.evaluate.measure import PairJudge
-from rrhf_peft.recipe.scoring import JudgeScorer
+from rrhf_peft.recipe.stages import JudgeScorer
 from rrhf_peft.records import UserError
 
 GROUPS = [("Q1", [("long answer", "short"), ("same", "same")]), ("Q2", [("x", "longer one")])]

@@ -23,7 +23,7 @@ from reward_folders import value_head_state
 from rrhf_peft.compare.run import evaluation_recipe, objective_recipe
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.recipe import load_recipe, make_recipe, read_recipe
-from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES
+from rrhf_peft.recipe.schema import OBJECTIVE_NAMES
 from rrhf_peft.rounds.run import run_rounds
 from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import score_recipe

@@ -10,7 +10,7 @@ import pytest
 
 from rrhf_peft.objectives import NEEDS_REFERENCE, OBJECTIVES, TAKES_REFERENCE
 from rrhf_peft.recipe import load_recipe, recipe_text
-from rrhf_peft.recipe.objectives import OBJECTIVE_NAMES, ObjectiveSection
+from rrhf_peft.recipe.schema import OBJECTIVE_NAMES, ObjectiveSection
 from rrhf_peft.records import UserError
 
 SECTIONS = {

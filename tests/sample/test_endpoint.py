@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from judge_server import completion, judge_server
 
-from rrhf_peft.recipe.sampling import EndpointSection
+from rrhf_peft.recipe.stages import EndpointSection
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.candidate import Decoding
 from rrhf_peft.sample.endpoint import EndpointPolicy
