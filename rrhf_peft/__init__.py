@@ -34,7 +34,7 @@ __all__ = ["RRHFConfig", "RRHFTrainer", "RankedGroup", "UserError", "merge_adapt
 
 
 # bitsandbytes says on import that an optional CPU kernel is missing, which this package keeps switched
-# off (`modeling.quantization`). The filter has to stand before anything imports bitsandbytes.
+# off (`keep_quantized_layout`). The filter has to stand before anything imports bitsandbytes.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "Failed to load CPU gemm_4bit_forward" not in record.getMessage()
 )

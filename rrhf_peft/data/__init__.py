@@ -1,11 +1,9 @@
 """Files -> RankedGroup -> token ids -> GroupBatch, and the report of what became of the data."""
 
-from rrhf_peft.data.collating import GroupCollator, source_names
 from rrhf_peft.data.formats import IMPORTERS
 from rrhf_peft.data.inspect import plot_scores, render_example
 from rrhf_peft.data.reading import ConversionReport, convert, hold_out, read_groups, write_ranked
-from rrhf_peft.data.report import DataReport, report_table
-from rrhf_peft.data.statistics import RankedStatistics, SourceReport, ranked_statistics
+from rrhf_peft.data.report import DataReport, RankedStatistics, SourceReport, ranked_statistics, report_table
 from rrhf_peft.data.templates import (
     TEMPLATES,
     chat_messages,
@@ -18,8 +16,11 @@ from rrhf_peft.data.templates import (
 )
 from rrhf_peft.data.tokenizing import (
     Encoder,
+    GroupCollator,
     continuation_ids,
     conversation_ids,
+    encode_prompts,
+    source_names,
     tokenize_every_response,
     tokenize_groups,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "continuation_ids",
     "conversation_ids",
     "convert",
+    "encode_prompts",
     "end_of_response_ids",
     "hold_out",
     "plot_scores",

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.data.statistics import ranked_statistics
+from rrhf_peft.data.report import ranked_statistics
 from rrhf_peft.plotting import HUES, WIDE, new_figure, shortened, styled
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 

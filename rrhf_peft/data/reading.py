@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rrhf_peft.data.formats import IMPORTERS, check_format, importer_for, unranked
-from rrhf_peft.data.row_files import data_path, rows_of
-from rrhf_peft.data.rows import UNRATED, Row
+from rrhf_peft.data.rows import UNRATED, Row, data_path, rows_of
 from rrhf_peft.files import check_output, replace_text, write_files
 from rrhf_peft.records import RankedGroup, UserError
 

@@ -1,4 +1,4 @@
-"""Ranked groups into token ids: templating, one BOS and one end, truncation, clean-up, and the count of it all.
+"""Ranked groups into token ids and batches: templates, one BOS and one end, truncation, clean-up, and a count of it.
 
 A sequence is ``[BOS] prompt | response end``. All k responses of a group share the prompt's ids, and each response is
 tokenised as the continuation of its prompt, as generation would write it:
@@ -35,10 +35,12 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rrhf_peft.data.report import DataReport, make_report
@@ -51,7 +53,7 @@ from rrhf_peft.data.templates import (
     response_frame,
     tokenization_fingerprint,
 )
-from rrhf_peft.records import Message, RankedGroup, TokenizedGroup, UserError
+from rrhf_peft.records import GroupBatch, Message, RankedGroup, TokenizedGroup, UserError
 
 #: Groups that the tokenizer sees at once: enough to keep its threads busy, few enough to hold as lists.
 _BATCH = 256
@@ -90,8 +92,8 @@ def conversation_ids(messages: Sequence[Message], response: str, tokenizer: PreT
     spells = added_tokens(tokenizer).search(response)
     shown = _STAND_IN if spells else response
     whole = render_chat([*messages, {"role": "assistant", "content": shown}], tokenizer)
-    before, found, after = whole.rpartition(_STAND_IN) if spells else (whole, "", "")
-    if spells and not found:
+    before, stand_in, after = whole.rpartition(_STAND_IN) if spells else (whole, "", "")
+    if spells and not stand_in:
         raise UserError("the tokenizer's chat template does not write the assistant's text as it is.")
     ids = _encode(tokenizer, [before], special=True)[0]
     if not spells:
@@ -103,13 +105,48 @@ def conversation_ids(messages: Sequence[Message], response: str, tokenizer: PreT
     ]
 
 
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, add_bos: bool = True, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Prompts as the token ids that a policy continues: the same ids that it is trained on.
+
+    Special tokens written out in a prompt are special, so a prompt that already begins with the BOS
+    gets no second one.
+
+    Args:
+        tokenizer: Of the policy.
+        prompts: Finished texts.
+        add_bos: False where the text comes from a chat template, which writes its own BOS or means none.
+        max_tokens: Longer prompts lose their beginning and keep the BOS; at least 2.
+
+    Raises:
+        UserError: an empty prompt and a tokenizer without BOS: there is nothing to continue.
+    """
+    encoded = _prompt_ids(tokenizer, prompts, add_bos=add_bos)
+    if empty := [index for index, ids in enumerate(encoded) if not len(ids)]:
+        raise UserError(
+            f"prompt {empty[0]} is empty, and this tokenizer has no BOS token to start from. Give it some text."
+        )
+    return [ids.cut(max_tokens) for ids in encoded]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], *, add_bos: bool) -> list[PromptIds]:
+    bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    encoded = []
+    for ids in _encode(tokenizer, list(prompts), special=True):
+        brought = bos if bos and ids[:1] == bos else []  # a template, or the text itself, may have written it
+        head, body = (bos if add_bos else brought), ids[len(brought) :]
+        encoded.append(PromptIds(head if head or body else bos, body))
+    return encoded
+
+
 def _continuations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: Sequence[str]
 ) -> tuple[list[list[int]], list[bool]]:
     """The token ids of each text, and whether it would have merged with its prompt."""
     added = added_tokens(tokenizer)
     contexts = {prompt: _context(prompt, added) for prompt in set(prompts)}
-    found: list[list[int]] = [[] for _ in texts]
+    tokens: list[list[int]] = [[] for _ in texts]
     merged = [False] * len(texts)
     # Where a text spells a special token, neither it nor the end of its prompt is read for special tokens.
     for spells in (False, True):
@@ -124,8 +161,8 @@ def _continuations(
         for index, before, ids in zip(chosen, befores, _encode(tokenizer, joined, special=not spells), strict=True):
             start = alone[before]
             merged[index] = ids[: len(start)] != start
-            found[index] = _after_anchor(tokenizer, texts[index]) if merged[index] else ids[len(start) :]
-    return found, merged
+            tokens[index] = _after_anchor(tokenizer, texts[index]) if merged[index] else ids[len(start) :]
+    return tokens, merged
 
 
 def _context(prompt: str, added: re.Pattern[str]) -> tuple[str, str]:
@@ -161,19 +198,54 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bo
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How long a sequence may be; `prompt` is None where the user has set no limit for prompts."""
+class Settings:
+    """How groups become tokens: the arguments of `tokenize_groups`, which explains them.
 
-    prompt: int | None
-    total: int
+    Raises:
+        UserError: limits that leave no room, or an unknown choice.
+    """
 
-    def for_prompt(self, responses: Sequence[Encoded]) -> int:
+    template: str = "raw"
+    max_prompt_tokens: int | None = None
+    max_tokens: int = 512
+    overlong_prompt: str = "truncate"
+    needs_pairs: bool = True
+    min_score_gap: float = 0.0
+
+    def __post_init__(self) -> None:
+        prompt = 1 if self.max_prompt_tokens is None else self.max_prompt_tokens
+        if not 1 <= prompt < self.max_tokens:
+            raise UserError(
+                f"data.max_prompt_tokens = {self.max_prompt_tokens} and data.max_tokens = {self.max_tokens} leave no "
+                "room for prompt and response. Set 1 <= max_prompt_tokens < max_tokens."
+            )
+        if self.overlong_prompt not in ("truncate", "drop", "error"):
+            raise UserError(
+                f"overlong_prompt {self.overlong_prompt!r}: there is no such choice. Use truncate, drop or error."
+            )
+
+    def prompt_limit(self, responses: Sequence[Encoded]) -> int:
         """How many tokens, BOS included, a prompt with these responses may have."""
-        if self.prompt is not None:
-            return self.prompt
+        if self.max_prompt_tokens is not None:
+            return self.max_prompt_tokens
         longest = max((len(response.ids) for response in responses if not response.is_empty), default=1)
-        half = self.total - self.total // 2
-        return max(self.total - longest, half)
+        half = self.max_tokens - self.max_tokens // 2
+        return max(self.max_tokens - longest, half)
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """A prompt as tokens: the head, which truncation keeps (the one BOS, if any), and the others."""
+
+    head: list[int]
+    body: list[int]
+
+    def __len__(self) -> int:
+        return len(self.head) + len(self.body)
+
+    def cut(self, limit: int | None) -> list[int]:
+        """All of it, or as much of its end as `limit` leaves to the body."""
+        return [*self.head, *self.body[max(0, len(self) - limit) if limit is not None else 0 :]]
 
 
 @dataclass(frozen=True)
@@ -219,6 +291,7 @@ class Encoder:
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known templates: {', '.join(TEMPLATES)}."
             raise UserError(f"template {template!r}: there is no such template; {hint}")
         self.tokenizer, self.template, self.form = tokenizer, template, TEMPLATES[template]
+        self._kept_characters: set[str] = set()
         if tokenizer.eos_token_id is None:
             response_frame(tokenizer, "raw")  # raises
 
@@ -240,21 +313,26 @@ class Encoder:
         """
         return [prompt_text(group, self.tokenizer, self.template) for group in groups]
 
-    def prompt_ids(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """For each prompt's text its head, which truncation keeps (the one BOS, if any), and its other tokens.
+    def prompt_ids(self, texts: Sequence[str]) -> list[PromptIds]:
+        """The tokens of each prompt's text.
 
-        Both are empty only for an empty prompt of a tokenizer without BOS whose template writes none either; then EOS
-        is the head, because the first token of a response needs something to be predicted from.
+        An empty prompt of a tokenizer without BOS, whose template writes none either, starts from EOS, because the
+        first token of a response needs something to be predicted from.
         """
-        bos = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
-        found = []
-        for ids in _encode(self.tokenizer, list(texts), special=True):
-            brought = bos if bos and ids[:1] == bos else []  # a template, or the text itself, may have written it
-            head, body = (brought if self.form.writes_bos else bos), ids[len(brought) :]
-            if not head and not body:
-                head = bos or [int(self.tokenizer.eos_token_id)]
-            found.append((head, body))
-        return found
+        encoded = _prompt_ids(self.tokenizer, texts, add_bos=not self.form.writes_bos)
+        return [ids if len(ids) else PromptIds([int(self.tokenizer.eos_token_id)], []) for ids in encoded]
+
+    def lost_characters(self, texts: Iterable[str]) -> Counter[str]:
+        """Those characters that the tokenizer cannot give back, with the number of texts that have them."""
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(set(text) - self._kept_characters)
+        unknown = [one for one in counts if not one.isspace()]
+        ids = _encode(self.tokenizer, unknown, special=False)
+        spelled = self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False) if ids else []
+        lost = {one for one, text in zip(unknown, spelled, strict=True) if one not in text}
+        self._kept_characters |= counts.keys() - lost
+        return Counter({one: counts[one] for one in lost})
 
     def responses(self, groups: Sequence[RankedGroup], prompts: Sequence[str]) -> list[list[Encoded]]:
         """Every response of each group as tokens; `prompts` are the texts of the groups' prompts."""
@@ -264,7 +342,7 @@ class Encoder:
         ]
         bodies, merged = _continuations(self.tokenizer, befores, texts)
         sampled = self._sampled_ids(groups)
-        found: list[list[Encoded]] = []
+        groups_encoded: list[list[Encoded]] = []
         index = 0
         lead = self.tokenizer(self.frame.lead, add_special_tokens=False)["input_ids"] if self.frame.lead else []
         for group in groups:
@@ -274,8 +352,8 @@ class Encoder:
                     self._encoded(group, number, texts[index], [*lead, *bodies[index]], merged[index], sampled[index])
                 )
                 index += 1
-            found.append(encoded)
-        return found
+            groups_encoded.append(encoded)
+        return groups_encoded
 
     def _text(self, response: str) -> str:
         return (
@@ -322,7 +400,10 @@ class Encoder:
 
 @dataclass
 class Counts:
-    """What happened on the way from ranked to tokenized groups; `DataReport` explains each."""
+    """What happened on the way from ranked to tokenized groups; `DataReport` explains each.
+
+    `responses_of` and `score_of` hold the number and the sum of the scores of each source's responses.
+    """
 
     groups_read: int = 0
     responses_read: int = 0
@@ -341,7 +422,8 @@ class Counts:
     lengths_unlike_sampled: int = 0
     seams_merged: int = 0
     lost_characters: Counter[str] = field(default_factory=Counter)
-    scores_by_source: dict[str, list[float]] = field(default_factory=dict)
+    responses_of: Counter[str] = field(default_factory=Counter)
+    score_of: Counter[str] = field(default_factory=Counter)
 
     def read(self, group: RankedGroup) -> None:
         """Count a group as the file has it."""
@@ -464,56 +546,57 @@ def tokenize_groups(
         UserError: no group is left; a prompt is too long under ``error``; a response has no score; the tokenizer has
             no EOS, or no chat template under template ``chat``; impossible limits.
     """
-    encoder = Encoder(tokenizer, template)
-    limits = _limits(max_prompt_tokens, max_tokens)
-    if overlong_prompt not in ("truncate", "drop", "error"):
-        raise UserError(f"overlong_prompt {overlong_prompt!r}: there is no such choice. Use truncate, drop or error.")
-    counts = Counts()
-    kept: list[TokenizedGroup] = []
-    characters: Counter[str] = Counter()
-    for index, head, body, responses in _token_ids(groups, encoder):
-        group = groups[index]
+    settings = Settings(template, max_prompt_tokens, max_tokens, overlong_prompt, needs_pairs, min_score_gap)
+    encoder, counts = Encoder(tokenizer, template), Counts()
+    kept = list(tokenized(groups, encoder, settings, counts))
+    return kept, report_of(kept, encoder, settings, counts)
+
+
+def report_of(kept: Sequence[TokenizedGroup], encoder: Encoder, settings: Settings, counts: Counts) -> DataReport:
+    """The report of groups that `tokenized` gave.
+
+    Raises:
+        UserError: no group is left.
+    """
+    if not len(kept):
+        raise _no_data_left(counts)
+    ignores_chat = settings.template == "raw" and bool(encoder.tokenizer.chat_template)
+    about = {"end_of_response": encoder.frame.end_text, "chat_template_ignored": ignores_chat}
+    return make_report(kept, {**vars(counts), **about}, asdict(settings))
+
+
+def tokenized(
+    groups: Sequence[RankedGroup], encoder: Encoder, settings: Settings, counts: Counts, start: int = 0
+) -> Iterator[TokenizedGroup]:
+    """Yield the groups that stay, and add to `counts` what became of all of them; `start` is the first one's index."""
+    for group, prompt, responses in _token_ids(groups, encoder, start):
         counts.read(group)
-        for response in responses:
-            characters.update(set(response.text))
-        length, limit = len(head) + len(body), limits.for_prompt(responses)
-        if length > limit and overlong_prompt == "error":
+        counts.lost_characters += encoder.lost_characters(response.text for response in responses)
+        limit = settings.prompt_limit(responses)
+        if len(prompt) > limit and settings.overlong_prompt == "error":
             raise UserError(
-                f"{_where(group, index)}: the prompt has {length} tokens and the limit is {limit}. "
+                f"{group.where}: the prompt has {len(prompt)} tokens and the limit is {limit}. "
                 "Raise data.max_prompt_tokens or data.max_tokens, shorten the prompt, or set data.overlong_prompt to "
                 "truncate or drop."
             )
-        if length > limit and overlong_prompt == "drop":
+        if len(prompt) > limit and settings.overlong_prompt == "drop":
             counts.dropped("overlong_prompt", len(group.responses))
             continue
         counts.encoded(responses)
-        counts.empty_prompts += not body
-        counts.prompts_truncated += length > limit
-        prompt_ids = array("i", head + body[max(0, length - limit) :])
-        stay = without_duplicates(group, responses, limits.total - len(prompt_ids), counts)
+        counts.empty_prompts += not prompt.body
+        counts.prompts_truncated += len(prompt) > limit
+        prompt_ids = array("i", prompt.cut(limit))
+        stay = without_duplicates(group, responses, settings.max_tokens - len(prompt_ids), counts)
         scores = [response.score for response in stay]
-        if reason := why_dropped(scores, needs_pairs, min_score_gap):
+        if reason := why_dropped(scores, settings.needs_pairs, settings.min_score_gap):
             counts.dropped(reason, len(stay))
             continue
+        for response in stay:
+            for source in dict.fromkeys(response.sources):
+                counts.responses_of[source] += 1
+                counts.score_of[source] += response.score  # type: ignore[assignment]
         ids, sources = [response.ids for response in stay], [response.source for response in stay]
-        kept.append(TokenizedGroup(prompt_ids, list(ids), scores, sources, index))
-        for unique in stay:
-            for source in dict.fromkeys(unique.sources):
-                counts.scores_by_source.setdefault(source, []).append(unique.score)
-    if not kept:
-        raise _no_data_left(counts)
-    counts.lost_characters = _lost_characters(tokenizer, characters)
-    settings = {
-        "template": template,
-        "max_prompt_tokens": max_prompt_tokens,
-        "max_tokens": max_tokens,
-        "overlong_prompt": overlong_prompt,
-        "needs_pairs": needs_pairs,
-        "min_score_gap": min_score_gap,
-    }
-    ignores_chat = template == "raw" and bool(tokenizer.chat_template)
-    about = {"end_of_response": encoder.frame.end_text, "chat_template_ignored": ignores_chat}
-    return kept, make_report(kept, {**vars(counts), **about}, settings)
+        yield TokenizedGroup(prompt_ids, list(ids), scores, sources, group.index)
 
 
 def tokenize_every_response(
@@ -533,57 +616,33 @@ def tokenize_every_response(
     Raises:
         UserError: the tokenizer or the template cannot be used; impossible limits.
     """
-    encoder = Encoder(tokenizer, template)
-    limits = _limits(max_prompt_tokens, max_tokens)
-    found: list[TokenizedGroup] = []
+    settings = Settings(template, max_prompt_tokens, max_tokens)
+    measured: list[TokenizedGroup] = []
     truncated = 0
-    for index, head, body, responses in _token_ids(groups, encoder):
-        limit = limits.for_prompt(responses)
-        prompt_ids = array("i", head + body[max(0, len(head) + len(body) - limit) :])
-        room = limits.total - len(prompt_ids)
+    for group, prompt, responses in _token_ids(groups, Encoder(tokenizer, template)):
+        prompt_ids = array("i", prompt.cut(settings.prompt_limit(responses)))
+        room = settings.max_tokens - len(prompt_ids)
         numbers = [number for number, response in enumerate(responses) if not response.is_empty]
         truncated += sum(len(responses[number].ids) > room for number in numbers)
         if numbers:
             ids = [array("i", responses[number].ids[:room]) for number in numbers]
-            found.append(TokenizedGroup(prompt_ids, list(ids), [0.0] * len(ids), list(map(str, numbers)), index))
-    return found, truncated
+            measured.append(
+                TokenizedGroup(prompt_ids, list(ids), [0.0] * len(ids), list(map(str, numbers)), group.index)
+            )
+    return measured, truncated
 
 
 def _token_ids(
-    groups: Sequence[RankedGroup], encoder: Encoder
-) -> Iterator[tuple[int, list[int], list[int], list[Encoded]]]:
-    """Yield (index, prompt's head, prompt's body, responses) for every group; tokenised in batches."""
-    for start in range(0, len(groups), _BATCH):
+    groups: Sequence[RankedGroup], encoder: Encoder, start: int = 0
+) -> Iterator[tuple[RankedGroup, PromptIds, list[Encoded]]]:
+    """Yield every group, its `index` its position in `groups` after `start`, with its tokens; made in batches."""
+    for first in range(0, len(groups), _BATCH):
         batch = [
-            group if "file" in group.origin else replace(group, index=start + number)
-            for number, group in enumerate(groups[start : start + _BATCH])
+            group if group.index == index else replace(group, index=index)
+            for index, group in enumerate(groups[first : first + _BATCH], start=start + first)
         ]
         texts = encoder.prompt_texts(batch)
-        prompts, responses = encoder.prompt_ids(texts), encoder.responses(batch, texts)
-        for number, ((head, body), encoded) in enumerate(zip(prompts, responses, strict=True)):
-            yield start + number, head, body, encoded
-
-
-def _lost_characters(tokenizer: PreTrainedTokenizerBase, characters: Counter[str]) -> Counter[str]:
-    """Those of the characters that the tokenizer cannot give back, with the number of responses that have them."""
-    known = [character for character in characters if not character.isspace()]
-    ids = _encode(tokenizer, known, special=False)
-    spelled = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False) if ids else []
-    return Counter({one: characters[one] for one, text in zip(known, spelled, strict=True) if one not in text})
-
-
-def _limits(max_prompt_tokens: int | None, max_tokens: int) -> Limits:
-    if not 1 <= (1 if max_prompt_tokens is None else max_prompt_tokens) < max_tokens:
-        raise UserError(
-            f"data.max_prompt_tokens = {max_prompt_tokens} and data.max_tokens = {max_tokens} leave no room for prompt "
-            "and response. Set 1 <= max_prompt_tokens < max_tokens."
-        )
-    return Limits(max_prompt_tokens, max_tokens)
-
-
-def _where(group: RankedGroup, index: int) -> str:
-    """Where a group was read, or its position in the list that was given."""
-    return group.where if "file" in group.origin else f"group {index}"
+        yield from zip(batch, encoder.prompt_ids(texts), encoder.responses(batch, texts), strict=True)
 
 
 def _no_data_left(counts: Counts) -> UserError:
@@ -598,3 +657,52 @@ def _no_data_left(counts: Counts) -> UserError:
     }
     reasons = "; ".join(f"{count} {explained[reason]}" for reason, count in counts.groups_dropped.items())
     return UserError(f"no data is left: of {counts.groups_read} groups read, {reasons}.")
+
+
+# ---- Batches ----
+
+
+def source_names(groups: Iterable[TokenizedGroup | RankedGroup]) -> list[str]:
+    """Every source of these groups once, the most frequent first, equally frequent ones by name."""
+    counts = Counter(source for group in groups for source in group.sources)
+    return sorted(counts, key=lambda source: (-counts[source], source))
+
+
+class GroupCollator:
+    """Data collator: a list of groups becomes one `GroupBatch`; k may differ from group to group.
+
+    Args:
+        source_names: The list that ``GroupBatch.source`` points into; holds every source of the data.
+    """
+
+    def __init__(self, source_names: Sequence[str]) -> None:
+        self.source_names = list(source_names)
+        self._index = {source: index for index, source in enumerate(self.source_names)}
+
+    def __call__(self, groups: Sequence[TokenizedGroup]) -> GroupBatch:
+        """Shapes as in `GroupBatch`.
+
+        Raises:
+            ValueError: a group has a source that is not among the collator's names.
+        """
+        unknown = sorted({source for group in groups for source in group.sources} - self._index.keys())
+        if unknown:
+            raise ValueError(
+                f"source {unknown[0]!r} is not among the collator's source_names. Make these from training and "
+                "evaluation groups together."
+            )
+        stretches = (chain(group.prompt_ids, *group.response_ids) for group in groups)
+        # prompt_lengths comes first: Trainer takes the batch size, which is in groups, from the first tensor.
+        return GroupBatch(
+            prompt_lengths=_int64(len(group.prompt_ids) for group in groups),
+            response_lengths=_int64(len(ids) for group in groups for ids in group.response_ids),
+            group=_int64(index for index, group in enumerate(groups) for _ in group.response_ids),
+            scores=torch.tensor([score for group in groups for score in group.scores], dtype=torch.float64),
+            source=_int64(self._index[source] for group in groups for source in group.sources),
+            index=_int64(group.index for group in groups),
+            input_ids=_int64(chain.from_iterable(stretches)),
+        )
+
+
+def _int64(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)

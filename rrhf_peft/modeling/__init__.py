@@ -12,25 +12,29 @@ from rrhf_peft.modeling.adapter import (
     lora_config,
     read_adapter,
 )
-from rrhf_peft.modeling.base_model import default_device, load_base_model, load_config, resolve_dtype
+from rrhf_peft.modeling.base_model import (
+    compute_in_float32,
+    default_device,
+    dequantized_weight,
+    load_base_model,
+    load_config,
+    quantization_config,
+    quantized_modules,
+    resolve_dtype,
+)
 from rrhf_peft.modeling.policy import (
     base_of,
     causal_lm,
     check_gradients,
     load_policy,
+    load_tokenizer,
     prepare_for_training,
     refuse_beyond_context,
+    refuse_unknown_tokens,
     tokenizer_of,
     uses_checkpointing,
 )
-from rrhf_peft.modeling.quantization import (
-    compute_in_float32,
-    dequantized_weight,
-    quantization_config,
-    quantized_modules,
-)
 from rrhf_peft.modeling.sources import checkpoint_tensors, resolve_source, weights_fingerprint
-from rrhf_peft.modeling.tokenizer import load_tokenizer, refuse_unknown_tokens
 
 __all__ = [
     "AdapterFiles",

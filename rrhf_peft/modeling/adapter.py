@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rrhf_peft.modeling.quantization import quantized_modules
+from rrhf_peft.modeling.base_model import quantized_modules
 from rrhf_peft.modeling.sources import resolve_source, tensor_names
 from rrhf_peft.recipe import takes_from_base
 from rrhf_peft.records import UserError

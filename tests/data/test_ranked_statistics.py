@@ -120,7 +120,7 @@ def test_the_tables_read_at_80_columns(statistics):
     assert max(map(len, lines)) <= 80
     for fact in (
         "4, with 8 responses",
-        "3 in 2, 2 in 1, 0 in 1 groups",
+        "3 in 2 groups, 2 in 1, 0 in 1",
         "7, of which 2 tied (28.6%)",
         "score and characters +0.87",
         "wins 100.0% of the untied pairs",

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrhf_peft.data import hold_out, read_groups, write_ranked
-from rrhf_peft.data.row_files import rows_of_hub, split_of
+from rrhf_peft.data.rows import rows_of_hub, split_of
 from rrhf_peft.records import RankedGroup, UserError
 
 ROWS = [
@@ -448,13 +448,13 @@ def test_half_a_character_in_another_column_does_not_break_the_last_write(jsonl)
 
 
 def test_a_gzip_bomb_and_an_endless_line_are_refused(tmp_path, monkeypatch, jsonl):
-    from rrhf_peft.data import row_files
+    from rrhf_peft.data import rows
 
-    monkeypatch.setattr(row_files, "_UNPACKED_FREELY", 10_000)
+    monkeypatch.setattr(rows, "_UNPACKED_FREELY", 10_000)
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wt") as file:
         file.write((json.dumps(RANKED) + "\n") * 200_000)
     with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: unpacks to more than 200 times its size"):
         read_groups(tmp_path / "bomb.jsonl.gz")
-    monkeypatch.setattr(row_files, "_LONGEST_LINE", 1000)
+    monkeypatch.setattr(rows, "_LONGEST_LINE", 1000)
     with pytest.raises(UserError, match=r"data\.jsonl:2: this line is longer than"):
         read_groups(jsonl(RANKED, {**RANKED, "prompt": "p" * 1000}))
