@@ -667,6 +667,48 @@ def schema(
         replace_text(output, json.dumps(json_schema(), indent=2) + "\n")
 
 
+@app.command()
+@verb
+def recipes(
+    action: Annotated[Literal["list", "copy"], typer.Argument(metavar="list|copy", show_default=False)],
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="What to copy: a name in the list, a folder, or all.")
+    ] = None,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="The folder that gets the copy.")] = Path("recipes"),
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes that come with rrhf-peft, or copy one, with what it extends, to change it.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft recipes list
+      rrhf-peft recipes copy qlora_7b
+      rrhf-peft recipes copy sampling experiments
+    """
+    from rich.table import Table
+
+    from rrhf_peft.recipe.shipped import copy_recipes, shipped_recipes
+
+    if (action == "copy") is (name is None):
+        raise typer.BadParameter("copy needs the NAME of a recipe or a folder; list takes none", param_hint="NAME")
+    if name is None:
+        listed = shipped_recipes()
+        if as_json:
+            print_json(listed)
+            return
+        table = Table("recipe", "what it does", box=None, pad_edge=False)
+        for recipe, sentence in listed.items():
+            table.add_row(recipe, sentence)
+        terminal().print(table)
+        return
+    copies = [str(path) for path in copy_recipes(name, to)]
+    if as_json:
+        print_json({"copied": copies})
+        return
+    for path in copies:
+        say(f"Copied: {path}")
+
+
 def _refuse_anything_but_a_schema(path: Path) -> None:
     """Raise `UserError` where `path` is there and is not what `rrhf-peft schema` wrote before."""
     from rrhf_peft.records import UserError

@@ -350,8 +350,7 @@ def _next_steps(output: Path) -> Text:
             f"rrhf-peft train {recipe} objective.variant=paper training.output_dir={output}-paper",
         ),
         ("the merged model", f"AutoModelForCausalLM.from_pretrained('{output}/merged')"),
-        ("the loss, step by step", "notebooks/01_rrhf_in_ten_minutes.ipynb"),
-        ("your own data, with the columns of ranked.jsonl", "recipes/qlora_7b.yaml"),
+        ("your own data, with the columns of ranked.jsonl", "rrhf-peft recipes copy qlora_7b"),
     )
     text = Text("Where to go next", style="bold")
     for title, command in lines:

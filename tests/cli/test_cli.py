@@ -30,6 +30,7 @@ VERBS = [
     "report",
     "merge",
     "schema",
+    "recipes",
 ]
 
 

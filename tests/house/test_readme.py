@@ -6,6 +6,7 @@ A comment before each fenced block says what happens to it here:
     <!-- run: KEY=VALUE -->   so, with these words behind each: limits that let a machine without a GPU do it
     <!-- run: slow -->        every line is run in a fresh clone, by `pytest -m slow`
     <!-- file: NAME -->       the block is that file, in the same folder
+    <!-- install -->          what `test_wheel` does in its way: it builds the wheel and unpacks it
     <!-- output -->           what the block before printed on somebody's machine; not compared
 
 Runs are cut to two optimizer steps by adding `training.max_steps=2` to commands that train. Hub ids are folders with
@@ -75,9 +76,9 @@ def prepared(workplace: Path, server: CommandServer, tmp_path_factory: pytest.Te
 def test_every_block_says_what_becomes_of_it(page: Path) -> None:
     for block in blocks(page):
         if block.language in ("bash", "python"):
-            assert block.mark.startswith(("run", "file")), block.text
+            assert block.mark.startswith(("run", "file", "install")), block.text
         if block.mark:
-            assert re.fullmatch(r"run|run: slow|run:( [\w.]+=\S+)+|file: \S+|output", block.mark), block.text
+            assert re.fullmatch(r"run|run: slow|run:( [\w.]+=\S+)+|file: \S+|install|output", block.mark), block.text
 
 
 def runs_something(page: Path) -> bool:
