@@ -5,8 +5,9 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from rrhf_peft.objectives.listwise import plackett_luce, pro
-from rrhf_peft.objectives.pairwise import cpo, dpo, hinge, ipo, kto, odpo, orpo, simpo
+from rrhf_peft.objectives.listwise import info_nca, lipo_lambda, mpo, plackett_luce, pro
+from rrhf_peft.objectives.pairwise import cpo, dpo, hinge, ipo, odpo, orpo, rpo, simpo
+from rrhf_peft.objectives.pointwise import gvpo, kto, nca, qrpo
 from rrhf_peft.objectives.rrhf import rrhf, sft
 
 #: Name in a recipe -> `(log_probs, scores, *, reference=None, **hyper) -> (loss, metrics)`.
@@ -23,10 +24,17 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "hinge": hinge,
     "plackett_luce": plackett_luce,
     "pro": pro,
+    "lipo_lambda": lipo_lambda,
+    "info_nca": info_nca,
+    "nca": nca,
+    "mpo": mpo,
+    "rpo": rpo,
+    "gvpo": gvpo,
+    "qrpo": qrpo,
 }
 
-#: Objectives that learn from ordered pairs: a group without one teaches them nothing. The others take one response.
-NEEDS_PAIRS = frozenset(OBJECTIVES) - {"sft", "kto"}
+#: Objectives that learn from ordered pairs: a group without one teaches them nothing (or, qrpo, nothing true).
+NEEDS_PAIRS = frozenset(OBJECTIVES) - {"sft", "kto", "info_nca", "nca", "gvpo"}
 
 #: Objectives that compare the policy with a reference policy: `reference` has no default.
 NEEDS_REFERENCE = frozenset(

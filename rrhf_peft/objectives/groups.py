@@ -48,7 +48,7 @@ def ordered_pairs(
             them whose worse one has the lowest.
     """
     gap = scores.unsqueeze(0) - scores.unsqueeze(1)  # gap[i, j] = r_j - r_i
-    chosen = (group.unsqueeze(0) == group.unsqueeze(1)) & (gap > min_score_gap)
+    chosen = same_group(group) & (gap > min_score_gap)
     if pairs != "all":
         groups = number_of_groups(group)
         chosen &= (scores == _group_maximum(scores, group, groups)[group]).unsqueeze(0)
@@ -60,7 +60,7 @@ def ordered_pairs(
 
 def ranked_below(scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """bool [N, N]: below[i, j] says that j is of i's group and scores less. Ties are below neither way."""
-    return (group.unsqueeze(0) == group.unsqueeze(1)) & (scores.unsqueeze(0) < scores.unsqueeze(1))
+    return same_group(group) & (scores.unsqueeze(0) < scores.unsqueeze(1))
 
 
 def number_of_groups(group: torch.Tensor) -> int:
@@ -77,6 +77,24 @@ def mean_per_group(values: torch.Tensor, group: torch.Tensor, groups: int) -> to
     """Mean of values [M] by their group [M] into [G]; groups without a value get 0."""
     count = sum_per_group(torch.ones_like(values), group, groups)
     return sum_per_group(values, group, groups) / count.clamp(min=1)
+
+
+def deviations(scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """r_i less the mean score of its group [N]; 0 where the difference is only rounding."""
+    groups = number_of_groups(group)
+    distance = scores - mean_per_group(scores, group, groups)[group]
+    rounding = 1e-9 * mean_per_group(scores.abs(), group, groups)[group]
+    return torch.where(distance.abs() > rounding, distance, 0.0)
+
+
+def log_sum_exp(values: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """log sum_j exp(values_j) over the members of each row [N], from values [N] and bool members [N, N]."""
+    return torch.where(members, values, -torch.inf).logsumexp(dim=1)
+
+
+def same_group(group: torch.Tensor) -> torch.Tensor:
+    """bool [N, N]: whether two responses answer the same prompt."""
+    return group.unsqueeze(0) == group.unsqueeze(1)
 
 
 def best_weights(scores: torch.Tensor, group: torch.Tensor, tied_best: str = "first") -> torch.Tensor:

@@ -105,11 +105,16 @@ class _MayHaveReference(Section):
     )
 
 
-class DPOObjective(_RankedObjective, _WithReference):
+class _ImplicitReward(_WithReference):
+    """Objectives on beta times the log-ratio to a reference policy."""
+
+    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
+
+
+class DPOObjective(_RankedObjective, _ImplicitReward):
     """Direct preference optimization (arXiv 2305.18290), Eq. 7."""
 
     name: Literal["dpo"]
-    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs thought to be labelled wrongly.")
 
 
@@ -121,11 +126,10 @@ class IPOObjective(_RankedObjective, _WithReference):
     average_log_prob: bool = Field(True, description="Log-ratios per token, as TRL does; false: sums, as the paper.")
 
 
-class ODPOObjective(_RankedObjective, _WithReference):
+class ODPOObjective(_RankedObjective, _ImplicitReward):
     """DPO with an offset from the score gap (arXiv 2402.10571)."""
 
     name: Literal["odpo"]
-    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
     alpha: float = Field(1.0, ge=0, description="How much the score gap counts; 0 is dpo.")
     offset: Literal["log", "linear"] = Field("log", description="alpha * log(gap), or alpha * gap.")
 
@@ -163,11 +167,10 @@ class CPOObjective(_RankedObjective, _WithFineTuning):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of pairs thought to be labelled wrongly.")
 
 
-class KTOObjective(_WithReference):
+class KTOObjective(_ImplicitReward):
     """Kahneman-Tversky optimization (arXiv 2402.01306), Eq. 7."""
 
     name: Literal["kto"]
-    beta: float = Field(0.1, gt=0, description="How hard the policy is held to the reference.")
     desirable_weight: float = Field(1.0, ge=0, description="lambda_D.")
     undesirable_weight: float = Field(1.0, ge=0, description="lambda_U.")
     threshold: Literal["group_mean"] | float = Field(
@@ -207,6 +210,56 @@ class PROObjective(_WithFineTuning):
     sft_reduction: Literal["sum", "mean"] = Field("sum", description="Over the best response's tokens.")
 
 
+class LiPOObjective(_ImplicitReward):
+    """LiPO-lambda, LambdaLoss over a whole group (arXiv 2402.01878), Eq. 8."""
+
+    name: Literal["lipo_lambda"]
+
+
+class InfoNCAObjective(_ImplicitReward):
+    """InfoNCA, cross-entropy between softmaxes of scores and of log-ratios (arXiv 2402.05369)."""
+
+    name: Literal["info_nca"]
+    alpha: float = Field(1.0, gt=0, description="Temperature of the scores, in their units.")
+
+
+class NCAObjective(_ImplicitReward):
+    """Noise contrastive alignment, which holds good responses' likelihood up (arXiv 2402.05369)."""
+
+    name: Literal["nca"]
+    alpha: float = Field(1.0, gt=0, description="Temperature of the scores, in their units.")
+
+
+class MPOObjective(_ImplicitReward):
+    """Multi-preference optimization, the responses above the mean against all (arXiv 2412.04628, first SWEPO)."""
+
+    name: Literal["mpo"]
+    alpha: float = Field(0.0, ge=0, description="How much a response's distance from the mean score counts.")
+    deviation: Literal["absolute", "signed"] = Field("absolute", description="exp(alpha |d|), or exp(alpha d).")
+
+
+class RPOObjective(_RankedObjective, _ImplicitReward):
+    """Reward-aware preference optimization (arXiv 2502.00203); squared with eta 1 is REBEL (arXiv 2404.16767)."""
+
+    name: Literal["rpo"]
+    eta: float = Field(1.0, gt=0, description="Scale of the scores that the log-ratios are to follow.")
+    distance: Literal["squared", "backward_kl", "forward_kl"] = Field(
+        "backward_kl", description="Between a pair's difference in log-ratio and its difference in score."
+    )
+
+
+class GVPOObjective(_ImplicitReward):
+    """Group variance policy optimization (arXiv 2504.19599): centred log-ratios follow centred scores."""
+
+    name: Literal["gvpo"]
+
+
+class QRPOObjective(_ImplicitReward):
+    """Quantile reward policy optimization (arXiv 2507.08068): regression to a response's rank in its group."""
+
+    name: Literal["qrpo"]
+
+
 ObjectiveSection = Annotated[
     RRHFObjective
     | SFTObjective
@@ -219,7 +272,14 @@ ObjectiveSection = Annotated[
     | KTOObjective
     | HingeObjective
     | PlackettLuceObjective
-    | PROObjective,
+    | PROObjective
+    | LiPOObjective
+    | InfoNCAObjective
+    | NCAObjective
+    | MPOObjective
+    | RPOObjective
+    | GVPOObjective
+    | QRPOObjective,
     Field(discriminator="name"),
 ]
 

@@ -41,7 +41,25 @@ CASES = [
     ("plackett_luce", {"top_k": 2}, False),
     ("pro", {}, False),
     ("pro", {"temperature": "none", "sft_weight": 0.3, "sft_reduction": "mean", "tied_best": "mean"}, False),
+    ("lipo_lambda", {}, True),
+    ("lipo_lambda", {"beta": 0.02}, True),
+    ("info_nca", {}, True),
+    ("info_nca", {"beta": 0.03, "alpha": 0.4}, True),
+    ("nca", {}, True),
+    ("nca", {"beta": 0.03, "alpha": 0.4}, True),
+    ("mpo", {}, True),
+    ("mpo", {"beta": 0.03, "alpha": 0.7}, True),
+    ("mpo", {"alpha": 0.7, "deviation": "signed"}, True),
+    ("rpo", {}, True),
+    ("rpo", {"beta": 0.05, "eta": 0.5, "distance": "forward_kl", "pairs": "best_vs_rest"}, True),
+    ("rpo", {"distance": "squared", "min_score_gap": 1.0}, True),
+    ("gvpo", {}, True),
+    ("gvpo", {"beta": 0.7}, True),
+    ("qrpo", {}, True),
+    ("qrpo", {"beta": 0.5}, True),
 ]
+#: Objectives that learn from responses of equal scores: by their log-ratios, or (qrpo) because all are the best.
+TIES_TEACH = ("info_nca", "nca", "gvpo", "qrpo")
 SIZES = [[2], [1, 5, 2], [32], [3, 1, 4, 1, 5, 9, 2, 6]]
 
 
@@ -141,7 +159,11 @@ def test_loss_is_a_mean_over_groups(name, options, given):
     assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize(("name", "options", "given"), [case for case in CASES if "threshold" not in case[1]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "given"),
+    [case for case in CASES if "threshold" not in case[1] and case[0] not in TIES_TEACH],
+    ids=str,
+)
 def test_ties_and_single_responses_teach_no_ranking(name, options, given):
     """Except to KTO with a number as threshold, which judges every response by itself."""
     log_probs, _ = random_log_probs(2, [4, 1])
@@ -189,7 +211,7 @@ def test_a_policy_equal_to_its_reference(name):
     """What every run with a new adapter starts from: log-ratio 0 everywhere."""
     log_probs, scores = random_log_probs(13, [4, 3], levels=100)
     loss, metrics = OBJECTIVES[name](log_probs, scores, reference=log_probs)
-    start = {"dpo": math.log(2), "ipo": 25.0, "kto": 0.5}
+    start = {"dpo": math.log(2), "ipo": 25.0, "kto": 0.5, "nca": 2 * math.log(2)}
     if name in start:
         assert loss.item() == pytest.approx(start[name], rel=1e-12)
     for key in ("chosen", "rejected", "margins", "accuracies"):
@@ -215,6 +237,75 @@ def test_relations_between_the_objectives():
     assert value("pro", temperature="none") - value("pro", temperature="none", sft_weight=0.0) == pytest.approx(
         0.05 * nll
     )
+
+
+def test_relations_between_the_k_way_objectives():
+    """What the papers say of their losses' special cases, on pairs and on whole groups."""
+    log_probs, scores = random_log_probs(17, [2, 2, 2], levels=100)
+    reference = reference_of(log_probs, 2)
+
+    def value(name, **options):
+        return OBJECTIVES[name](log_probs, scores, reference=reference, beta=0.3, **options)[0].item()
+
+    dpo = value("dpo")
+    assert value("mpo") == pytest.approx(dpo)
+    assert value("info_nca", alpha=1e-3) == pytest.approx(dpo)
+    assert value("gvpo") == pytest.approx(value("rpo", distance="squared") / 4)
+
+    log_probs, scores = random_log_probs(3, [4], levels=100)
+    reference = reference_of(log_probs, 7)
+    assert len(set(scores.tolist())) == 4
+    s = 0.3 * (log_probs.sum - reference.sum)
+    w = (scores - scores.mean()) - (s - s.mean()).detach()
+    surrogate = -0.3 * (w * log_probs.sum).sum() / 3  # the paper's loss; gvpo's gradient, not its value
+    theirs = torch.autograd.grad(surrogate, log_probs.sum)[0]
+    ours = torch.autograd.grad(value_of("gvpo", log_probs, scores, reference, beta=0.3), log_probs.sum)[0]
+    torch.testing.assert_close(ours, theirs)
+
+    optimum = log_probs._replace(sum=reference.sum + scores / 0.3 - 5.0)
+    assert value_of("gvpo", optimum, scores, reference, beta=0.3).item() == pytest.approx(0, abs=1e-20)
+    for distance in ("squared", "backward_kl", "forward_kl"):
+        loss = value_of("rpo", optimum, scores, reference, beta=0.3, distance=distance)
+        assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def value_of(name, log_probs, scores, reference, **options):
+    return OBJECTIVES[name](log_probs, scores, reference=reference, **options)[0]
+
+
+def test_lipo_lambda_learns_from_its_first_step_on():
+    """A new adapter's log-ratios are all 0: ties in s must not make all weights 0."""
+    log_probs, _ = random_log_probs(5, [4])
+    scores = torch.tensor([0.2, 0.9, 0.4, 0.4], dtype=torch.float64)
+    loss = value_of("lipo_lambda", log_probs, scores, log_probs)
+    (gradient,) = torch.autograd.grad(loss, log_probs.sum)
+    assert gradient[1] < 0 < gradient[0]
+    assert gradient[2] == pytest.approx(gradient[3].item())
+
+
+@pytest.mark.parametrize("name", ["info_nca", "nca", "gvpo"])
+def test_ties_are_drawn_together(name):
+    """Equal scores: the response whose log-ratio is higher loses, the other gains, and equal ones stay."""
+    log_probs, _ = random_log_probs(2, [2])
+    scores = torch.full((2,), 0.1)
+    reference = log_probs._replace(sum=log_probs.sum.detach() - torch.tensor([2.0, -2.0]))
+    high, low = torch.autograd.grad(value_of(name, log_probs, scores, reference), log_probs.sum)[0].tolist()
+    assert high > 0 > low
+    level = torch.autograd.grad(value_of(name, log_probs, scores, log_probs), log_probs.sum)[0]
+    assert level.abs().max() < 1e-12
+
+
+def test_qrpo_knows_the_partition_function():
+    """E[exp(q / beta)] of a uniform q is Z: the mean over the k quantiles comes to it as k grows."""
+    beta, k = 0.5, 4000
+    sums = torch.zeros(k, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(k, dtype=torch.int64)
+    log_probs = ResponseLogProbs(sums, ones, ones, torch.zeros(k, dtype=torch.int64))
+    scores = torch.arange(k, dtype=torch.float64)
+    quantile = (torch.arange(k, dtype=torch.float64) + 1) / k
+    best = quantile / beta - torch.log((quantile / beta).exp().mean())
+    loss = value_of("qrpo", log_probs._replace(sum=best), scores, log_probs, beta=beta)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
 def test_plackett_luce_is_the_probability_of_the_order():
@@ -277,8 +368,9 @@ def test_reward_metrics_are_means_over_pairs():
 
 def test_registry():
     assert set(OBJECTIVES) >= NEEDS_PAIRS
-    assert set(OBJECTIVES) - NEEDS_PAIRS == {"sft", "kto"}
-    assert {"dpo", "ipo", "odpo", "kto"} == NEEDS_REFERENCE
+    assert set(OBJECTIVES) - NEEDS_PAIRS == {"sft", "kto", "info_nca", "nca", "gvpo"}
+    new = {"lipo_lambda", "info_nca", "nca", "mpo", "rpo", "gvpo", "qrpo"}
+    assert {"dpo", "ipo", "odpo", "kto"} | new == NEEDS_REFERENCE
     assert NEEDS_REFERENCE | {"hinge", "plackett_luce"} == TAKES_REFERENCE
     log_probs, scores = random_log_probs(1, [3])
     for name in NEEDS_REFERENCE:

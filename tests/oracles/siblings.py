@@ -221,3 +221,110 @@ def pro(groups, temperature="score_gap", sft_weight=0.05, sft_reduction="sum", t
         return loss + sft_weight * (k - 1) ** 2 * nll
 
     return over_groups(groups, of_group)
+
+
+def log_ratios(sums, refs, beta):
+    return [beta * (a - b) for a, b in zip(sums, refs, strict=True)]
+
+
+def softmax(values):
+    top = max(values)
+    masses = [math.exp(value - top) for value in values]
+    return [mass / sum(masses) for mass in masses]
+
+
+def lipo_lambda(groups, beta=0.1):
+    def of_group(sums, refs, lengths, scores):
+        s, k = log_ratios(sums, refs, beta), len(scores)
+        order = sorted(range(k), key=lambda i: (-s[i], -scores[i]))
+        tau = {i: 1 + position for position, i in enumerate(order)}
+        for i in range(k):  # those that nothing tells apart share the mean of their ranks
+            alike = [1 + order.index(j) for j in range(k) if s[j] == s[i] and scores[j] == scores[i]]
+            tau[i] = sum(alike) / len(alike)
+        loss = 0.0
+        for i in range(k):
+            for j in range(k):
+                if scores[i] > scores[j]:
+                    gain = abs((2 ** scores[i] - 1) - (2 ** scores[j] - 1))
+                    discount = abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
+                    loss += gain * discount * math.log(1 + math.exp(-(s[i] - s[j])))
+        return loss
+
+    return over_groups(groups, of_group)
+
+
+def info_nca(groups, beta=0.1, alpha=1.0):
+    def of_group(sums, refs, lengths, scores):
+        target, model = softmax([r / alpha for r in scores]), softmax(log_ratios(sums, refs, beta))
+        return -sum(t * math.log(p) for t, p in zip(target, model, strict=True))
+
+    return over_groups(groups, of_group)
+
+
+def nca(groups, beta=0.1, alpha=1.0):
+    def of_group(sums, refs, lengths, scores):
+        target, s = softmax([r / alpha for r in scores]), log_ratios(sums, refs, beta)
+        loss = 0.0
+        for i in range(len(s)):
+            loss -= target[i] * log_sigmoid(s[i]) + log_sigmoid(-s[i]) / len(s)
+        return loss
+
+    return over_groups(groups, of_group)
+
+
+def mpo(groups, beta=0.1, alpha=0.0, deviation="absolute"):
+    def of_group(sums, refs, lengths, scores):
+        s, mean = log_ratios(sums, refs, beta), sum(scores) / len(scores)
+        above, everything = 0.0, 0.0
+        for i in range(len(s)):
+            distance = abs(scores[i] - mean) if deviation == "absolute" else scores[i] - mean
+            mass = math.exp(s[i] + alpha * distance)
+            everything += mass
+            if len(scores) * scores[i] > sum(scores):  # scores of the tests are whole numbers
+                above += mass
+        return -math.log(above / everything) if above else 0.0
+
+    return over_groups(groups, of_group)
+
+
+def rpo(groups, beta=0.1, eta=1.0, distance="backward_kl", **which):
+    def of_group(sums, refs, lengths, scores):
+        s = log_ratios(sums, refs, beta)
+
+        def of_pair(w, b):
+            h, g = s[w] - s[b], eta * (scores[w] - scores[b])
+            if distance == "squared":
+                return (h - g) ** 2
+            p, q = 1 / (1 + math.exp(-h)), 1 / (1 + math.exp(-g))
+            if distance == "forward_kl":
+                p, q = q, p
+            return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+
+        return over_pairs(scores, of_pair, **which)
+
+    return over_groups(groups, of_group)
+
+
+def gvpo(groups, beta=0.1):
+    def of_group(sums, refs, lengths, scores):
+        s, k = log_ratios(sums, refs, beta), len(scores)
+        if k == 1:
+            return 0.0
+        loss = 0.0
+        for i in range(k):
+            loss += ((s[i] - sum(s) / k) - (scores[i] - sum(scores) / k)) ** 2
+        return loss / (2 * (k - 1))
+
+    return over_groups(groups, of_group)
+
+
+def qrpo(groups, beta=0.1):
+    def of_group(sums, refs, lengths, scores):
+        k, loss = len(scores), 0.0
+        for i in range(k):
+            quantile = sum(other <= scores[i] for other in scores) / k
+            partition = beta * (math.exp(1 / beta) - 1)
+            loss += (quantile - beta * math.log(partition) - beta * (sums[i] - refs[i])) ** 2
+        return loss / k
+
+    return over_groups(groups, of_group)
