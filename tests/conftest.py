@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(max(1, min(2, torch.get_num_threads())))
+
+# A shell that runs the suite in the background has it ignore SIGINT, and every child would inherit that: the tests that
+# press Ctrl-C would press it in vain.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 #: Files whose tests take longest: begun first, so that no worker is left alone with one at the end.

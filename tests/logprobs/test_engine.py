@@ -107,7 +107,7 @@ def test_chunks_with_gradient_checkpointing(checkpointing):
     model.train()
     engine = install(model, chunk_tokens=30)
     got = gradients(model, engine.log_probs(model, batch).sum.square().sum())
-    assert relative_error(got, expected) < 1e-6
+    assert relative_error(got, expected) < 1e-5  # float32: 1.3e-6 has been seen where kernels sum in another order
 
 
 @pytest.mark.parametrize("k", [2, 5, 16])
