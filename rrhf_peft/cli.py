@@ -246,7 +246,7 @@ def inspect(
     A data file takes the same changes as a recipe, for example data.template=hh.
     """
     from rrhf_peft.data import plot_scores, ranked_statistics, render_example
-    from rrhf_peft.modeling import load_tokenizer
+    from rrhf_peft.modeling import tokenizer_of
     from rrhf_peft.records import UserError
     from rrhf_peft.train.splits import read_splits, tokenize_splits
 
@@ -266,11 +266,7 @@ def inspect(
             console.print(statistics)
     if is_data and tokenizer is None:
         return
-    loaded = load_tokenizer(
-        recipe.model.tokenizer or recipe.model.name,
-        revision=recipe.model.revision if recipe.model.tokenizer is None else None,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    loaded = tokenizer_of(recipe.model, recipe.data.template)
     splits, reports = tokenize_splits(recipe, groups, loaded)
     if as_json:
         print_json({name: report.to_dict() for name, report in reports.items()})
@@ -615,8 +611,7 @@ def merge(
       rrhf-peft merge runs/quickstart --output runs/quickstart-merged
       rrhf-peft merge runs/quickstart -o merged --base original --dtype bfloat16
     """
-    from rrhf_peft.merge.report import merge_progress, render_report
-    from rrhf_peft.merge.run import merge_adapter
+    from rrhf_peft.merge.run import merge_adapter, merge_progress
 
     with merge_progress() as on_progress:
         report = merge_adapter(
@@ -637,7 +632,7 @@ def merge(
     if as_json:
         print_json(report.to_dict())
     else:
-        terminal().print(render_report(report))
+        terminal().print(report)
 
 
 @app.command()

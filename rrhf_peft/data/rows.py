@@ -376,7 +376,8 @@ def rows_of_hub(name: str, *, split: str, revision: str | None = None) -> Iterat
 
     path, _, config = name.partition(":")
     try:
-        data = datasets.load_dataset(path, config or None, split=split, revision=revision)
+        with _offline_unless_the_hub_answers(path, revision):
+            data = datasets.load_dataset(path, config or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
@@ -384,6 +385,25 @@ def rows_of_hub(name: str, *, split: str, revision: str | None = None) -> Iterat
             "the spelling, the split and the network; a private or gated data set needs HF_TOKEN."
         ) from None
     return _rows_of_dataset(data, name)
+
+
+@contextlib.contextmanager
+def _offline_unless_the_hub_answers(name: str, revision: str | None) -> Iterator[None]:
+    """The hub is asked once: `datasets` would ask six times, with pauses, before it looks into its cache."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # an answer, of which `datasets` makes its own error
+    except (OSError, HTTPError, OfflineModeIsEnabled):
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _is_saved(folder: Path) -> bool:

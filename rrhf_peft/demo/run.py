@@ -27,7 +27,6 @@ from rrhf_peft.demo.base import BaseSize, cached_base, make_base, one_thread, qu
 from rrhf_peft.demo.comparison import Measured, comparison_table, measure, save_figure, side_by_side
 from rrhf_peft.demo.stories import make_prompts
 from rrhf_peft.files import replace_text, staged_folder
-from rrhf_peft.merge.report import render_report
 from rrhf_peft.merge.run import merge_adapter
 from rrhf_peft.modeling import load_base_model, load_tokenizer
 from rrhf_peft.progress import progress
@@ -232,7 +231,7 @@ def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, d
     ):
         merge_report = merge_adapter(output / "run", output / "merged", overwrite=True)
         merged = AutoModelForCausalLM.from_pretrained(output / "merged")
-    console.print(render_report(merge_report))
+    console.print(merge_report)
 
     with _step(
         console,

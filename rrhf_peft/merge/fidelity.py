@@ -1,4 +1,4 @@
-"""Does the merged model compute what the adapter model computes? Logits of both on the same prompts.
+"""Does the merged model compute what the adapter model computes? Logits of both on the same prompts, and the report.
 
 Both compute in float32, so that what differs is their weights and not the order of roundings. They
 are loaded one after the other: the memory is that of the larger one.
@@ -6,15 +6,19 @@ are loaded one after the other: the memory is that of the larger one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rrhf_peft import __version__
 from rrhf_peft.modeling import (
     AdapterFiles,
     attach_adapter_files,
@@ -22,6 +26,12 @@ from rrhf_peft.modeling import (
     dequantized_weight,
     load_base_model,
 )
+from rrhf_peft.modeling.model_card import markdown_table, model_card
+from rrhf_peft.progress import size_text
+from rrhf_peft.records import UserError
+
+#: Of a merged model's folder.
+REPORT = "merge_report.json"
 
 #: Held prompts for when the caller has none: plain, a question, a dialogue, a list, code, another language.
 DEFAULT_PROMPTS = (
@@ -132,14 +142,14 @@ def compare(adapter: Sequence[torch.Tensor], merged: Sequence[torch.Tensor]) -> 
     """Compare logits [T, V] prompt by prompt."""
     difference = scale = divergence = agreement = 0.0
     positions = 0
-    for expected, found in zip(adapter, merged, strict=True):
+    for expected, actual in zip(adapter, merged, strict=True):
         expected = (expected - expected.mean(-1, keepdim=True)).double()
-        found = (found - found.mean(-1, keepdim=True)).double()
-        difference = max(difference, _largest(found - expected))
+        actual = (actual - actual.mean(-1, keepdim=True)).double()
+        difference = max(difference, _largest(actual - expected))
         scale = max(scale, _largest(expected))
-        log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+        log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
         divergence += (log_p.exp() * (log_p - log_q)).sum().item()
-        agreement += (expected.argmax(-1) == found.argmax(-1)).sum().item()
+        agreement += (expected.argmax(-1) == actual.argmax(-1)).sum().item()
         positions += expected.shape[0]
     return Fidelity(difference, scale, divergence / positions, agreement / positions, positions)
 
@@ -148,3 +158,152 @@ def _largest(values: torch.Tensor) -> float:
     """Largest absolute value; not-a-number counts as infinite, so that it exceeds every tolerance."""
     largest = values.abs().max().item()
     return largest if largest == largest else float("inf")
+
+
+# ---- The report ----
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """The result of one merge.
+
+    Attributes:
+        adapter: The adapter's folder.
+        base_model: Hub id or folder of the base model.
+        output: The folder written.
+        base: `dequantized` or `original`: the weights that the adapter was added to.
+        training_quantization: How training held the base: none, int8, nf4 or fp4.
+        training_dtype: What training held unquantised weights in.
+        dtype: What was written; `auto` is resolved to the checkpoint's own.
+        files: Weight files written.
+        total_bytes: Bytes of all tensors.
+        tensors: Tensors written.
+        changed_tensors: Tensors that the adapter changed, as written.
+        delta_norm: Sum over the changed tensors of the Frobenius norm of the change.
+        untied_embeddings: Whether a head that shared the embedding's weights was given its own.
+        fidelity: Merged model against the adapter on the weights it was merged into; None when not verified.
+        tolerance: Largest `relative_difference` allowed for it.
+        without_adapter: The same comparison for the base model alone: what a merge that lost the
+            adapter would show. None when not verified.
+        against_training: Merged model against the adapter on the weights as trained, where that is
+            something else (`original` after quantised training). For information, not checked.
+        seconds: Wall time.
+    """
+
+    adapter: str
+    base_model: str
+    output: str
+    base: str
+    training_quantization: str
+    training_dtype: str
+    dtype: str
+    files: int
+    total_bytes: int
+    tensors: int
+    changed_tensors: int
+    delta_norm: float
+    untied_embeddings: bool
+    fidelity: Fidelity | None
+    tolerance: float | None
+    without_adapter: Fidelity | None
+    against_training: Fidelity | None
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to merge_report.json."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was written and how it compares, in words, for the table and the card."""
+        rows = [
+            (
+                "weights written",
+                f"{self.tensors} tensors, {size_text(self.total_bytes)}, {self.dtype}, {self.files} file(s)",
+            ),
+            ("changed by the adapter", f"{self.changed_tensors} tensors, sum of ‖Δ‖ {self.delta_norm:.4g}"),
+        ]
+        if self.untied_embeddings:
+            rows.append(("embeddings", "untied: the adapter changed the input and output embedding differently"))
+        if self.fidelity is None or self.tolerance is None or self.without_adapter is None:
+            return [*rows, ("fidelity", "not verified")]
+        fidelity, other = self.fidelity, self.against_training
+        rows += [
+            (
+                "largest logit difference",
+                f"{fidelity.max_abs_difference:.3g}, {fidelity.relative_difference:.2g} of the largest logit "
+                f"(tolerance {self.tolerance:g})",
+            ),
+            (
+                "mean KL divergence",
+                f"{fidelity.mean_kl:.3g} nats over {fidelity.positions} positions "
+                f"(without the adapter: {self.without_adapter.mean_kl:.3g})",
+            ),
+            ("same most likely token", f"{fidelity.top1_agreement:.1%}"),
+        ]
+        if other is not None:
+            compared = f"largest logit difference {other.max_abs_difference:.3g}, mean KL {other.mean_kl:.3g} nats"
+            agreement = f"same most likely token {other.top1_agreement:.1%}"
+            rows.append(("against the quantised model", f"{compared}, {agreement}"))
+        return rows
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"Merged into {self.output}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        held = self.training_quantization if self.training_quantization != "none" else self.training_dtype
+        table.add_row("base model", self.base_model)
+        table.add_row("merged into", f"{self.base} weights (training held them as {held})")
+        for title, value in self.rows():
+            table.add_row(title, value)
+        table.add_row("time", f"{self.seconds:.1f} s")
+        return table
+
+    def card(self) -> str:
+        """The folder's README."""
+        name = Path(self.output).name
+        base = Path(self.base_model).name if Path(self.base_model).is_dir() else self.base_model
+        intro = (
+            f"Standalone weights: `{base}` with a LoRA adapter trained on ranked responses\n"
+            f"([RRHF](https://arxiv.org/abs/2304.05302)) merged in by rrhf-peft {__version__}. "
+            "Loading it needs neither PEFT nor\nbitsandbytes.\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+        )
+        table = markdown_table(("", ""), self.rows())
+        numbers = f"{_explain_base(self)}\n\n{table}\n\n`merge_report.json` holds these numbers for programs."
+        tags = ["rrhf", "rrhf-peft", "merged-adapter"]
+        sections = {"How it was merged": numbers}
+        return model_card(name, intro, sections, base=self.base_model, library="transformers", tags=tags)
+
+
+def read_report(folder: Path) -> MergeReport:
+    """The report of a finished merge.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        compared = ("fidelity", "without_adapter", "against_training")
+        read = {name: None if values[name] is None else Fidelity(**values[name]) for name in compared}
+        return MergeReport(**{**values, **read})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path}: is damaged. Pass --overwrite to merge again.") from None
+
+
+def _explain_base(report: MergeReport) -> str:
+    is_int8 = report.training_quantization == "int8"
+    if report.training_quantization == "none":
+        return f"The adapter was trained on the unquantised base in {report.training_dtype} and added to those weights."
+    if report.base == "dequantized":
+        return (
+            f"The adapter was trained on the base in {report.training_quantization}. The base weights were quantised "
+            "the same way and multiplied out again before the adapter was added: these are the weights it was "
+            "trained with." + (" In training, int8 layers rounded their inputs too." if is_int8 else "")
+        )
+    return (
+        f"The adapter was trained on the base in {report.training_quantization} but added to the original, unquantised "
+        "weights. It never saw those, so the model computes something slightly different from what was trained."
+    )

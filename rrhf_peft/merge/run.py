@@ -9,30 +9,35 @@ does. It appears whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from rrhf_peft.console import terminal
 from rrhf_peft.files import is_finished_folder, staged_folder
 from rrhf_peft.jobs import fingerprint_of
 from rrhf_peft.merge.base_weights import TrainingBase, find_training_base, run_folders
 from rrhf_peft.merge.fidelity import (
     DEFAULT_PROMPTS,
+    REPORT,
     Fidelity,
+    MergeReport,
     adapter_logits,
     compare,
     held_prompts,
+    read_report,
     standalone_logits,
 )
-from rrhf_peft.merge.report import REPORT, MergeReport, OnProgress, model_card, read_report
-from rrhf_peft.merge.shards import DTYPES, MergedWeights, dtype_name, parse_size, plan_shards
+from rrhf_peft.merge.shards import DTYPES, MergedWeights, OnProgress, dtype_name, parse_size, plan_shards
 from rrhf_peft.modeling import (
     AdapterFiles,
     load_tokenizer,
@@ -40,6 +45,7 @@ from rrhf_peft.modeling import (
     refuse_unknown_tokens,
     weights_fingerprint,
 )
+from rrhf_peft.progress import progress
 from rrhf_peft.records import UserError
 
 #: Largest difference of logits that rounding explains, as a share of the largest logit, by what was written.
@@ -143,9 +149,7 @@ def merge_adapter(
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         merge = MergedWeights(files, trained, as_trained=not original or trained.quantization == "none", dtype=dtype)
-        _write_config(trained.folder, folder, dtype=merge.main_dtype, untie=merge.untied)
-        has_tokenizer = _copy_companions(run_folders(files.folder), trained.folder, folder)
-        tokenizer = _fitting_tokenizer(folder, files, trained, merge.vocab_size) if has_tokenizer else None
+        tokenizer = _write_companions(folder, files, trained, merge)
         shards = plan_shards(merge.plan, limit)
         merge.write(folder, shards, on_progress)
         allowed = tolerance if tolerance is not None else TOLERANCES.get(merge.main_dtype, TOLERANCES[torch.float32])
@@ -168,25 +172,45 @@ def merge_adapter(
             changed_tensors=merge.changed,
             delta_norm=merge.delta_norm,
             untied_embeddings=merge.untied,
-            fidelity=proof.fidelity,
             tolerance=allowed if verify else None,
-            without_adapter=proof.without_adapter,
-            against_training=proof.against_training,
+            **proof._asdict(),
             seconds=time.monotonic() - started,
         )
         text = json.dumps(report.to_dict(), indent=2) + "\n"
         (folder / REPORT).write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+        (folder / "README.md").write_text(report.card(), encoding="utf-8")
     return report
 
 
-def _fitting_tokenizer(
-    folder: Path, files: AdapterFiles, trained: TrainingBase, vocab_size: int
-) -> PreTrainedTokenizerBase:
-    """The output's tokenizer, which must not know tokens that the model has no embedding for."""
+@contextlib.contextmanager
+def merge_progress(console: Console | None = None) -> Iterator[OnProgress]:
+    """Yield a callback for `merge_adapter(on_progress=...)` that shows how far it is."""
+    with progress(console or terminal(stderr=True), "merging", None, unit="bytes") as advance:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if not total:
+                advance.begin(stage)
+                return
+            advance.total = total
+            advance(done - advance.done)
+
+        yield show
+
+
+def _write_companions(
+    folder: Path, files: AdapterFiles, trained: TrainingBase, merge: MergedWeights
+) -> PreTrainedTokenizerBase | None:
+    """Write all but the weights, and give the tokenizer, where there is one.
+
+    Raises:
+        UserError: it knows tokens that the model has no embedding for.
+    """
+    _write_config(trained.folder, folder, dtype=merge.main_dtype, untie=merge.untied)
+    if not _copy_companions(run_folders(files.folder), trained.folder, folder):
+        return None
     tokenizer = load_tokenizer(folder, trust_remote_code=trained.trust_remote_code)
     try:
-        refuse_unknown_tokens(tokenizer, vocab_size, str(files.folder))
+        refuse_unknown_tokens(tokenizer, merge.vocab_size, str(files.folder))
     except UserError as error:
         raise UserError(
             f"{error} If the vocabulary was resized for training, pass the resized base as --base-model."
@@ -236,19 +260,19 @@ def _verify(
 
 
 def _refuse_unfaithful(proof: _Proof, allowed: float, adapter: Path) -> None:
-    found, without = proof.fidelity, proof.without_adapter
-    assert found is not None
+    here, without = proof.fidelity, proof.without_adapter
+    assert here is not None
     assert without is not None
-    if not found.relative_difference <= allowed:
+    if not here.relative_difference <= allowed:
         raise UserError(
             f"{adapter}: the merged model computes something else than the adapter model: logits differ by up to "
-            f"{found.max_abs_difference:.3g}, {found.relative_difference:.2g} of the largest one, where {allowed:g} is "
-            f"allowed (mean KL {found.mean_kl:.3g} nats, same most likely token {found.top1_agreement:.1%}). Nothing "
+            f"{here.max_abs_difference:.3g}, {here.relative_difference:.2g} of the largest one, where {allowed:g} is "
+            f"allowed (mean KL {here.mean_kl:.3g} nats, same most likely token {here.top1_agreement:.1%}). Nothing "
             "was written. Check that base model and quantisation are those of training; or pass --tolerance."
         )
-    if found.mean_kl >= SHARE_OF_EFFECT * without.mean_kl:
+    if here.mean_kl >= SHARE_OF_EFFECT * without.mean_kl:
         raise UserError(
-            f"{adapter}: the merged model differs from the adapter model by a mean KL of {found.mean_kl:.3g} nats, and "
+            f"{adapter}: the merged model differs from the adapter model by a mean KL of {here.mean_kl:.3g} nats, and "
             f"the base without the adapter by {without.mean_kl:.3g}: rounding swallows what was trained. Nothing was "
             "written. Pass --dtype float32, or train for longer."
         )

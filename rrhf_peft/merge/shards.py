@@ -19,10 +19,13 @@ from safetensors.torch import save_file
 
 from rrhf_peft.merge.adapter_edits import AdapterEdits
 from rrhf_peft.merge.base_weights import BaseWeights, TrainingBase
-from rrhf_peft.merge.report import OnProgress, size_text
 from rrhf_peft.modeling import AdapterFiles, load_config
 from rrhf_peft.modeling.sources import INDEX_FILE, SINGLE_FILE
+from rrhf_peft.progress import size_text
 from rrhf_peft.records import UserError
+
+#: Called with what is being done, bytes done, and bytes in all (0 when that is not known).
+OnProgress = Callable[[str, int, int], None]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,10 +11,12 @@ import re
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateSyntaxError
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rrhf_peft.modeling.adapter import attach_adapter
 from rrhf_peft.modeling.base_model import load_base_model
@@ -23,13 +25,27 @@ from rrhf_peft.recipe import ModelSection
 from rrhf_peft.records import UserError
 
 
-def tokenizer_of(section: ModelSection) -> Any:
-    """The tokenizer of a `model:` section: the one that it names, or the model's own."""
-    return load_tokenizer(
-        section.tokenizer or section.name,
+def tokenizer_of(section: ModelSection, template: str = "raw") -> Any:
+    """The tokenizer of a `model:` section: the one that it names, or the model's own.
+
+    Raises:
+        UserError: see `load_tokenizer`; `template` is ``chat``, and the chat template does not parse.
+    """
+    name = section.tokenizer or section.name
+    tokenizer = load_tokenizer(
+        name,
         revision=section.revision if section.tokenizer is None else None,
         trust_remote_code=section.trust_remote_code,
     )
+    if template == "chat" and tokenizer.chat_template:
+        try:
+            _compile_jinja_template(tokenizer.get_chat_template())  # with the tags that transformers adds to Jinja's
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{name}: the tokenizer's chat template does not parse (its line {error.lineno}: {error.message}). "
+                "Fix chat_template.jinja or tokenizer_config.json, or download it again."
+            ) from None
+    return tokenizer
 
 
 def base_of(section: ModelSection, tokenizer: Any = None, *, device: torch.device | None = None) -> Any:

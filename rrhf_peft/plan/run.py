@@ -214,7 +214,7 @@ def longest_groups(recipe: Recipe) -> list[tuple[int, list[int]]] | None:
     groups.sort(key=lambda group: len(str(group.prompt)) + sum(map(len, group.responses)), reverse=True)
     tokenized, _ = tokenize_groups(
         groups[: max(64, 4 * _batch_size(recipe))],
-        tokenizer_of(recipe.model),
+        tokenizer_of(recipe.model, recipe.data.template),
         template=data.template,
         max_prompt_tokens=data.max_prompt_tokens,
         max_tokens=data.max_tokens,

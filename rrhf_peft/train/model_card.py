@@ -8,6 +8,7 @@ from typing import Any
 from rrhf_peft import __version__
 from rrhf_peft.data import DataReport
 from rrhf_peft.files import replace_text
+from rrhf_peft.modeling.model_card import markdown_table, model_card
 from rrhf_peft.recipe import Recipe, recipe_text
 from rrhf_peft.train.splits import PromptReport
 
@@ -25,41 +26,21 @@ def write_model_card(
         report: of the training data.
         history: `TrainerState.log_history`.
     """
-    base = [] if Path(recipe.model.name).is_dir() else [f"base_model: {recipe.model.name}"]
-    lines = [
-        "---",
-        *base,  # the hub refuses a folder on somebody's disk
-        f"library_name: {'transformers' if recipe.adapter is None and not recipe.model.init_adapter else 'peft'}",
-        f"tags: [{recipe.objective.name}, ranked-responses]",
-        "---",
-        "",
-        f"# {folder.name}",
-        "",
+    library = "transformers" if recipe.adapter is None and not recipe.model.init_adapter else "peft"
+    intro = (
         f"`{recipe.model.name}` aligned with ranked responses by the `{recipe.objective.name}` objective, "
-        f"with rrhf-peft {__version__}. {_of_objective(recipe)}",
-        "",
-        "## Data",
-        "",
-        *_data_lines(report),
-        "",
-        "## Training",
-        "",
-        *_curve_table(history),
-        "",
-        "The curve is in `metrics.jsonl`, the data report in `data_report.json`. Standalone weights:",
-        "",
-        "```sh",
-        f"rrhf-peft merge {folder} --output {folder}-merged",
-        "```",
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        recipe_text(recipe).rstrip(),
-        "```",
-        "",
-    ]
-    replace_text(folder / "README.md", "\n".join(lines))
+        f"with rrhf-peft {__version__}. {_of_objective(recipe)}"
+    )
+    after = "The curve is in `metrics.jsonl`, the data report in `data_report.json`. Standalone weights:"
+    merge = f"```sh\nrrhf-peft merge {folder} --output {folder}-merged\n```"
+    sections = {
+        "Data": "\n".join(_data_lines(report)),
+        "Training": f"{_curve_table(history)}\n\n{after}\n\n{merge}",
+        "Recipe": f"```yaml\n{recipe_text(recipe).rstrip()}\n```",
+    }
+    tags = [recipe.objective.name, "ranked-responses"]
+    card = model_card(folder.name, intro, sections, base=recipe.model.name, library=library, tags=tags)
+    replace_text(folder / "README.md", card)
 
 
 def _of_objective(recipe: Recipe) -> str:
@@ -84,15 +65,15 @@ def _data_lines(report: DataReport | PromptReport) -> list[str]:
     ]
 
 
-def _curve_table(history: list[dict[str, Any]]) -> list[str]:
+def _curve_table(history: list[dict[str, Any]]) -> str:
     """First and last tenth of the steps, averaged: single steps are noise."""
     if not any("loss" in entry for entry in history):
-        return ["No step was logged."]
-    rows = ["| | first steps | last steps |", "|---|---|---|"]
+        return "No step was logged."
+    rows = []
     for name in _CURVE:
         values = [entry[name] for entry in history if name in entry]
         tenth = max(1, len(values) // 10)
         first, last = values[:tenth], values[-tenth:]
         if values:
-            rows.append(f"| {name} | {sum(first) / len(first):.4f} | {sum(last) / len(last):.4f} |")
-    return rows
+            rows.append((name, f"{sum(first) / len(first):.4f}", f"{sum(last) / len(last):.4f}"))
+    return markdown_table(("", "first steps", "last steps"), rows)

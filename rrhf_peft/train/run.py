@@ -106,7 +106,7 @@ def train_recipe(
         held.enter_context(exclusive(folder, processes, goes_on=False))
         set_seed(args.seed)
         resolve_source(recipe.model.name, revision=recipe.model.revision)  # before anything that takes longer
-        tokenizer = tokenizer_of(recipe.model)
+        tokenizer = tokenizer_of(recipe.model, recipe.data.template)
         splits, reports = tokenize_splits(recipe, read_splits(recipe), tokenizer)
         start = _Start()
         if not overwrite:

@@ -117,6 +117,15 @@ def test_hub_data_sets_come_through_load_dataset(tmp_path, jsonl):
         rows_of_hub(str(tmp_path / "repo"), split="validation")
 
 
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch):
+    """Behind a closed port; `datasets` alone asks six times and pauses 23 seconds in between."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", "http://127.0.0.1:9", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
+    with pytest.raises(UserError, match=r"^no-such-data: there is no such file or folder, and as a hub data set"):
+        read_groups("no-such-data")
+
+
 def test_an_unreachable_hub_id_says_what_was_tried(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
-from rrhf_peft.merge.report import MergeReport
+from rrhf_peft.merge.fidelity import MergeReport
 from rrhf_peft.merge.run import merge_adapter
 from rrhf_peft.modeling import load_base_model
 

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rrhf_peft.modeling import load_tokenizer
+from rrhf_peft.modeling import load_tokenizer, tokenizer_of
+from rrhf_peft.recipe import ModelSection
 from rrhf_peft.records import UserError
 
 
@@ -70,3 +71,14 @@ def test_damaged_and_missing_tokenizers_are_named(tiny_model_folder: Path, tmp_p
 def test_a_real_tokenizer_loads(tinystories: Path) -> None:
     tokenizer = load_tokenizer(tinystories)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+
+
+def test_a_chat_template_that_does_not_parse_is_told_before_it_is_used(tmp_path: Path) -> None:
+    folder = _tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}\n{{ message.content }}\n{% endif %}")
+    section = ModelSection(name=str(folder))
+    with pytest.raises(UserError, match=r"chat template does not parse \(its line 3: .*endif.*Fix chat_template.jinja"):
+        tokenizer_of(section, "chat")
+    assert tokenizer_of(section, "raw").eos_token == "</s>"  # whoever does not use it may have it
+    (folder / "chat_template.jinja").write_text("{% generation %}{{ raise_exception('no') }}{% endgeneration %}")
+    tokenizer_of(section, "chat")
