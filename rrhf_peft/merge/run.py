@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerBase
 from rrhf_peft.console import terminal
 from rrhf_peft.files import is_finished_folder, staged_folder
 from rrhf_peft.jobs import fingerprint_of
-from rrhf_peft.merge.base_weights import TrainingBase, find_training_base, run_folders
 from rrhf_peft.merge.fidelity import (
     DEFAULT_PROMPTS,
     REPORT,
@@ -37,7 +36,17 @@ from rrhf_peft.merge.fidelity import (
     read_report,
     standalone_logits,
 )
-from rrhf_peft.merge.shards import DTYPES, MergedWeights, OnProgress, dtype_name, parse_size, plan_shards
+from rrhf_peft.merge.weights import (
+    DTYPES,
+    MergedWeights,
+    OnProgress,
+    TrainingBase,
+    dtype_name,
+    find_training_base,
+    parse_size,
+    plan_shards,
+    run_folders,
+)
 from rrhf_peft.modeling import (
     AdapterFiles,
     load_tokenizer,

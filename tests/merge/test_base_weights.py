@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, Phi3Config
 from transformers.pytorch_utils import Conv1D
 
-from rrhf_peft.merge.base_weights import BaseWeights, TrainingBase
+from rrhf_peft.merge.weights import BaseWeights, TrainingBase
 from rrhf_peft.modeling import dequantized_weight, load_base_model, load_config, quantized_modules
 
 SMALL: dict[str, Any] = {

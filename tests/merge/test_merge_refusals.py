@@ -174,7 +174,7 @@ def test_a_merge_with_the_wrong_quantisation_would_be_noticed(
 ) -> None:
     run, _ = make_adapter(tiny_model_folder, quantization="nf4")
     monkeypatch.setattr(
-        "rrhf_peft.merge.base_weights.BaseWeights._through_quantization", lambda self, name, weight: weight.float()
+        "rrhf_peft.merge.weights.BaseWeights._through_quantization", lambda self, name, weight: weight.float()
     )
     _refused(run, tmp_path / "merged", "computes something else than the adapter model", dtype="float32")
 

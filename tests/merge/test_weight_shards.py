@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rrhf_peft.merge.shards import PlannedTensor, parse_size, plan_shards, write_shards
+from rrhf_peft.merge.weights import PlannedTensor, parse_size, plan_shards, write_shards
 from rrhf_peft.records import UserError
 
 
