@@ -1,37 +1,38 @@
 """The engine: a causal LM and a `GroupBatch` in, `ResponseLogProbs` out, inside the model's own forward.
 
 `install` replaces the forward of the innermost causal LM, so that whatever wraps it (PEFT, autocast,
-DDP, FSDP2, DeepSpeed) sees one forward and one backward per batch, and everything that is not a
-batch of groups (`generate`, evaluation, saving) goes to the model's own forward untouched.
+DDP, FSDP2, DeepSpeed) sees a forward and a backward pass for every chunk of a batch, and everything that
+is not a chunk (`generate`, evaluation, saving) goes to the model's own forward untouched.
 
-The batch is laid out in chunks; with more than one, every chunk but the last is recomputed in the
-backward pass, so peak memory is that of one chunk however many responses there are.
+Training takes a micro-batch in `turns`: a chunk's backward pass follows its forward pass, so that peak memory
+is that of one chunk however many responses there are. A chunk holds whole groups, and the loss of a group needs no
+other; so nothing is computed twice. Only a group larger than a chunk takes two passes: its log-probs without a graph
+tell dL/dsum of each response, and then its chunks follow, each with that as the weight of its sums.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import types
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from rrhf_peft.logprobs.head import Head, count_slices, scores_only, token_log_probs
+from rrhf_peft.logprobs.head import Head, count_slices, token_log_probs
 from rrhf_peft.logprobs.layout import Rows, plan_chunks, shared_layout_obstacle, shared_mask
 from rrhf_peft.records import ResponseLogProbs, UserError
 
-logger = logging.getLogger(__name__)
+#: The part of a GroupBatch that the engine reads; scores and sources stay outside.
+ENGINE_KEYS = ("input_ids", "prompt_lengths", "response_lengths", "group")
 
-#: The part of a GroupBatch that the model sees; scores and sources stay outside.
-MODEL_KEYS = ("input_ids", "prompt_lengths", "response_lengths", "group")
+#: (log-probs of whole groups, their responses int64 [m]) -> what they add to a micro-batch's loss.
+LossOf = Callable[[ResponseLogProbs, torch.Tensor], torch.Tensor]
 
 #: What one chunk may take for activations under `chunk_tokens: auto`, in bytes.
 _CHUNK_BYTES = 4 * 2**30
@@ -50,7 +51,6 @@ class LogProbEngine:
         same_chunks_everywhere: every process runs as many chunks, and slices of the head, as the one that has
             most. Sharded parameters (FSDP, ZeRO-3) need it: each of them gathers weights from all processes.
         tokens: what the layouts saw and saved since the engine was installed.
-        told: whether the user knows what several chunks cost under sharding.
     """
 
     layout: Literal["shared", "plain"]
@@ -59,22 +59,109 @@ class LogProbEngine:
     compute_dtype: torch.dtype = torch.float32
     same_chunks_everywhere: bool = False
     tokens: TokenCount = field(default_factory=lambda: TokenCount())
-    told: bool = field(default=False, repr=False)
 
     def log_probs(self, model: nn.Module, batch: Mapping[str, Any]) -> ResponseLogProbs:
         """Log-probs of every response of a batch, through whatever wraps the model.
 
+        Without a graph peak memory is that of one chunk; a graph keeps all of them.
+
         Args:
             model: the model this engine is installed on, wrapped or not.
-            batch: a `GroupBatch` on the model's device.
+            batch: a `GroupBatch`, its `input_ids` on the model's device. The result lies where its lengths lie: on the
+                host they are read without waiting for the device.
         """
-        log_probs: ResponseLogProbs = model(**{name: batch[name] for name in MODEL_KEYS})
-        # Sums of a hundred nats have steps of half a nat in bfloat16, larger than what objectives compare.
-        assert log_probs.sum.dtype == torch.float32, (
-            f"what wraps the model casts the log-probs to {log_probs.sum.dtype}. Give fully_shard a "
-            "MixedPrecisionPolicy without output_dtype"
-        )
+        chunks = self._chunks(batch)
+        count, slices = self._most_everywhere(model, batch, len(chunks), self._slices_of_head(model, batch, chunks))
+        run = functools.partial(self._sums, model, batch, slices=slices, is_one_of_many=count > 1)
+        sums = [run(rows) for rows in chunks]
+        surplus = [run(chunks[-1]) for _ in range(count - len(chunks))]
+        log_probs, _ = _gathered(batch, chunks, sums)
+        for more in surplus:  # in the graph, so that every process also runs as many backwards
+            log_probs = log_probs._replace(sum=log_probs.sum + 0.0 * more.sum().to(log_probs.sum.device))
         return log_probs
+
+    def turns(
+        self, model: nn.Module, batch: Mapping[str, Any], loss_of: LossOf, *, couples_groups: bool = False
+    ) -> list[Callable[[], torch.Tensor]]:
+        """The forward passes of a micro-batch: what each returns goes backward before the next is called.
+
+        Together they leave the gradient of the loss. Every process has at least one turn, and the same number
+        where `same_chunks_everywhere` is set. Those of a group that is larger than a chunk are preceded, here, by
+        passes without a graph; a chunk none of whose responses has a gradient is then left out. Dropout masks are the
+        same in both passes.
+
+        Args:
+            model: as for `log_probs`; collective where weights are sharded.
+            batch: as for `log_probs`.
+            loss_of: called once for every group, in one of the turns or here.
+            couples_groups: a group's loss depends on other groups, so that all of them take two passes if they do not
+                fit one chunk.
+        """
+        chunks = self._chunks(batch)
+        _count_tokens(self.tokens, chunks, batch)
+        split = [rows for rows in chunks if rows.is_part or (couples_groups and len(chunks) > 1)]
+        whole = [rows for rows in chunks if not any(rows is part for part in split)]
+        most_split, most, slices = self._most_everywhere(
+            model, batch, len(split), len(whole), self._slices_of_head(model, batch, chunks)
+        )
+        several = most_split > 0 or most > 1
+        run = functools.partial(self._sums, model, batch, slices=slices, is_one_of_many=several)
+
+        def share(rows: Rows) -> torch.Tensor:
+            sums = run(rows)
+            return loss_of(*_gathered(batch, [rows], [sums])).to(sums.device)
+
+        def weighted(rows: Rows, weights: torch.Tensor, state: list[torch.Tensor]) -> torch.Tensor:
+            with _random_state_of(model, batch, state):
+                sums = run(rows)
+            return (sums * weights.to(sums.device)).sum()
+
+        turns: list[Callable[[], torch.Tensor]] = [functools.partial(share, rows) for rows in whole]
+        if most_split:
+            passes, states = [], []
+            with torch.no_grad():
+                for rows in split + chunks[-1:] * (most_split - len(split)):
+                    states.append(_random_state(model, batch))
+                    passes.append(run(rows))
+            for rows, weights, state in zip(split, _slopes(batch, split, passes, loss_of), states, strict=False):
+                if bool(weights.any()):
+                    turns.append(functools.partial(weighted, rows, weights, state))
+            (most,) = self._most_everywhere(model, batch, len(turns))
+        smallest = min(chunks, key=lambda rows: rows.token.numel())
+        idle = functools.partial(weighted, smallest, torch.zeros(len(smallest.response)), [])
+        return turns + [idle] * (max(1, most) - len(turns))
+
+    def _chunks(self, batch: Mapping[str, Any]) -> list[Rows]:
+        lengths = (batch[name].tolist() for name in ("prompt_lengths", "response_lengths", "group"))
+        return plan_chunks(*lengths, layout=self.layout, chunk_tokens=self.chunk_tokens)
+
+    def _sums(
+        self, model: nn.Module, batch: Mapping[str, Any], rows: Rows, *, slices: int, is_one_of_many: bool
+    ) -> torch.Tensor:
+        """Sum of log-probs of a chunk's responses, float32 [m], through whatever wraps the model."""
+        if is_one_of_many and batch["input_ids"].device.type == "cpu":
+            _return_freed_memory()
+        sums: torch.Tensor = model(input_ids=batch["input_ids"], rows=rows, slices=slices)
+        # Sums of a hundred nats have steps of half a nat in bfloat16, larger than what objectives compare.
+        assert sums.dtype == torch.float32, (
+            f"what wraps the model casts the log-probs to {sums.dtype}. Give fully_shard a MixedPrecisionPolicy "
+            "without output_dtype"
+        )
+        return sums
+
+    def _slices_of_head(self, model: nn.Module, batch: Mapping[str, Any], chunks: list[Rows]) -> int:
+        if not self.same_chunks_everywhere:
+            return 1
+        head = causal_lm_of(model).get_output_embeddings()  # type: ignore[operator]
+        return max(count_slices(len(rows.target), batch["input_ids"].device, head) for rows in chunks)
+
+    def _most_everywhere(self, model: nn.Module, batch: Mapping[str, Any], *counts: int) -> Sequence[int]:
+        """Each number as it is on the process where it is largest, where processes must keep step."""
+        if not self.same_chunks_everywhere or not (dist.is_available() and dist.is_initialized()):
+            return counts
+        most = torch.tensor(counts, device=batch["input_ids"].device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most.tolist()
 
 
 @dataclass
@@ -137,9 +224,9 @@ def install(
     # `generate`, sampling and `Trainer` read the signature; of a bound method it would lose its first parameter twice.
     @functools.wraps(getattr(original, "__func__", original))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "response_lengths" not in kwargs:
+        if "rows" not in kwargs:
             return original(*args, **kwargs)
-        return _batch_log_probs(self, engine, original, **{name: kwargs[name] for name in MODEL_KEYS})
+        return _forward_rows(self, engine, original, **{name: kwargs[name] for name in ("input_ids", "rows", "slices")})
 
     forward.rrhf_engine = engine  # type: ignore[attr-defined]
     inner.forward = types.MethodType(forward, inner)
@@ -173,60 +260,19 @@ def _is_checkpointing(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _batch_log_probs(
-    model: Any,
-    engine: LogProbEngine,
-    original: Any,
-    input_ids: torch.Tensor,
-    prompt_lengths: torch.Tensor,
-    response_lengths: torch.Tensor,
-    group: torch.Tensor,
-) -> ResponseLogProbs:
-    prompts, responses, owners = prompt_lengths.tolist(), response_lengths.tolist(), group.tolist()
-    chunks = plan_chunks(prompts, responses, owners, layout=engine.layout, chunk_tokens=engine.chunk_tokens)
-    _count_tokens(engine.tokens, chunks, prompts, responses, owners)
-
-    count, slices = _as_everywhere(model, engine, chunks, input_ids.device)
-    _warn_of_gathered_weights(engine, count, chunks)
-    forward = functools.partial(_forward_rows, model, engine, original, input_ids, slices, count > 1)
-    sums = [
-        _chunk_sums(forward, rows.to(input_ids.device), recompute=number < count - 1)
-        for number, rows in enumerate(chunks + [chunks[-1]] * (count - len(chunks)))
-    ]
-    order = torch.cat([rows.response for rows in chunks]).argsort().to(input_ids.device)
-    ordered = torch.cat(sums[: len(chunks)])[order]
-    for surplus in sums[len(chunks) :]:  # in the graph, so that every process also runs as many backwards
-        ordered = ordered + 0.0 * surplus.sum()
-
-    longest = [0] * len(prompts)
-    for owner, length in zip(owners, responses, strict=True):
-        longest[owner] = max(longest[owner], prompts[owner] + length)
-    padded_length = torch.tensor(longest, device=group.device)[group]
-    return ResponseLogProbs(ordered, response_lengths, padded_length, group)
-
-
-def _chunk_sums(forward: Callable[[Rows], torch.Tensor], rows: Rows, recompute: bool) -> torch.Tensor:
-    """Sum of log-probs per response of one chunk, float32 [m]; recomputed in backward when asked."""
-    if not (recompute and torch.is_grad_enabled()):
-        return forward(rows)
-    sums: torch.Tensor = checkpoint(
-        forward, rows, use_reentrant=False, context_fn=lambda: (scores_only(), nullcontext())
-    )
-    return sums
-
-
 def _forward_rows(
-    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, slices: int, several: bool, rows: Rows
+    model: Any, engine: LogProbEngine, original: Any, input_ids: torch.Tensor, rows: Rows, slices: int
 ) -> torch.Tensor:
-    if several and input_ids.device.type == "cpu":
-        _return_freed_memory()
+    """Sum of log-probs per response of one chunk, float32 [m]; the model's forward from here on."""
+    is_padded = rows.num_padded > 0
+    rows = rows.to(input_ids.device)
     arguments: dict[str, Any] = {"input_ids": input_ids[rows.token], "use_cache": False}
     dtype = _compute_dtype(model, input_ids.device)
     if engine.layout == "shared":
         config = model.config.get_text_config()
         arguments["position_ids"] = rows.position
         arguments["attention_mask"] = shared_mask(rows, config, dtype)
-    elif bool((rows.piece < 0).any()):  # rows are padded on the right
+    elif is_padded:  # on the right
         arguments["attention_mask"] = (rows.piece >= 0).long()
     targets = input_ids[rows.target]
     if engine.own_logits:
@@ -238,6 +284,64 @@ def _forward_rows(
     # FSDP2 computes in its own type, of which the sharded weights and autocast need not know.
     engine.compute_dtype = max(dtype, computed.dtype, key=lambda kind: torch.finfo(kind).eps)
     return torch.segment_reduce(values, "sum", lengths=rows.length, unsafe=True)
+
+
+def _gathered(
+    batch: Mapping[str, Any], chunks: Sequence[Rows], sums: Sequence[torch.Tensor]
+) -> tuple[ResponseLogProbs, torch.Tensor]:
+    """The log-probs of these chunks' responses in the order of the batch, their groups numbered from 0; and which."""
+    host = batch["response_lengths"].device
+    responses, order = torch.cat([rows.response for rows in chunks]).sort()
+    ordered = torch.cat([values.to(host) for values in sums])[order.to(host)]
+    responses = responses.to(host)
+    lengths, groups = batch["response_lengths"][responses], batch["group"][responses]
+    longest = torch.zeros_like(batch["prompt_lengths"]).scatter_reduce(0, groups, lengths, "amax")
+    padded = (batch["prompt_lengths"] + longest)[groups]
+    numbers = torch.cat([groups.new_zeros(1), groups.diff().clamp(max=1)]).cumsum(0)
+    return ResponseLogProbs(ordered, lengths, padded, numbers), responses
+
+
+def _slopes(
+    batch: Mapping[str, Any], chunks: list[Rows], sums: list[torch.Tensor], loss_of: LossOf
+) -> list[torch.Tensor]:
+    """dL/dsum of every chunk's responses."""
+    if not chunks:
+        return []
+    leaves = [values.detach().requires_grad_() for values in sums[: len(chunks)]]
+    with torch.enable_grad():
+        loss = loss_of(*_gathered(batch, chunks, leaves))
+    slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [slope.cpu() for slope in slopes]
+
+
+def _random_state(model: nn.Module, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Where the random streams stand that dropout draws from; nothing where nothing is drawn."""
+    if not model.training:
+        return []
+    device = batch["input_ids"].device
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *own]
+
+
+@contextmanager
+def _random_state_of(model: nn.Module, batch: Mapping[str, Any], state: list[torch.Tensor]) -> Iterator[None]:
+    """Within it dropout draws what it drew after `state` was noted; the streams go on as before afterwards."""
+    if not state:
+        yield
+        return
+    before = _random_state(model, batch)
+    _set_random_state(batch, state)
+    try:
+        yield
+    finally:
+        _set_random_state(batch, before)
+
+
+def _set_random_state(batch: Mapping[str, Any], state: list[torch.Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        device = batch["input_ids"].device
+        torch.get_device_module(device).set_rng_state(state[1], device)
 
 
 def _return_freed_memory() -> None:
@@ -263,40 +367,8 @@ def _compute_dtype(model: Any, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
 
 
-def _as_everywhere(model: Any, engine: LogProbEngine, chunks: list[Rows], device: torch.device) -> tuple[int, int]:
-    """Chunks of this batch and slices of each chunk's head, the same on all processes where that is needed."""
-    if not engine.same_chunks_everywhere or not (dist.is_available() and dist.is_initialized()):
-        return len(chunks), 1
-    slices = max(count_slices(len(rows.target), device, model.get_output_embeddings()) for rows in chunks)
-    most = torch.tensor([len(chunks), slices], device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    count, slices = most.tolist()
-    return count, slices
-
-
-def _warn_of_gathered_weights(engine: LogProbEngine, count: int, chunks: list[Rows]) -> None:
-    """Once: a chunk that is recomputed in the backward pass gathers sharded layers and leaves them gathered."""
-    if count == 1 or engine.told or not (engine.same_chunks_everywhere and torch.is_grad_enabled()):
-        return
-    engine.told = True
-    if dist.get_rank() == 0:
-        logger.warning(
-            "engine.chunk_tokens: this step's micro-batch runs in %d chunks of %d tokens, and with sharded weights "
-            "(FSDP, ZeRO-3) every layer's whole weights then stay in memory during the backward pass. The gradients "
-            "are right; only the memory that sharding saves is lost. A micro-batch in one chunk avoids it: lower "
-            "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps), or raise "
-            "engine.chunk_tokens to %d or more.",
-            count,
-            engine.chunk_tokens,
-            max(count * engine.chunk_tokens, sum(rows.token.numel() for rows in chunks)),
-        )
-
-
-def _count_tokens(
-    tokens: TokenCount, chunks: list[Rows], prompts: list[int], responses: list[int], owners: list[int]
-) -> None:
-    if not torch.is_grad_enabled():
-        return
-    tokens.responses += sum(responses)
-    tokens.seen += sum(int((rows.piece >= 0).sum()) for rows in chunks)
-    tokens.unshared += sum(responses) + sum(prompts[owner] for owner in owners)
+def _count_tokens(tokens: TokenCount, chunks: list[Rows], batch: Mapping[str, Any]) -> None:
+    responses = int(batch["response_lengths"].sum())
+    tokens.responses += responses
+    tokens.seen += sum(rows.token.numel() - rows.num_padded for rows in chunks)
+    tokens.unshared += responses + int(batch["prompt_lengths"][batch["group"]].sum())

@@ -14,9 +14,7 @@ Shape legend: n response tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +26,6 @@ from torch.utils.checkpoint import checkpoint
 #: Elements of one slice's float32 logits: 64 MiB on the host, where smaller is faster, 512 MiB on a GPU.
 _SLICE_ELEMENTS = {"cpu": 2**24}
 _SLICE_ELEMENTS_GPU = 2**27
-
-_scores_only: contextvars.ContextVar[bool] = contextvars.ContextVar("scores_only", default=False)
-
-
-@contextmanager
-def scores_only() -> Iterator[None]:
-    """Within it no gradient is prepared in the forward pass: the first pass of a checkpointed chunk."""
-    token = _scores_only.set(True)
-    try:
-        yield
-    finally:
-        _scores_only.reset(token)
 
 
 @dataclass(frozen=True)
@@ -133,8 +119,7 @@ class _FrozenHead(torch.autograd.Function):
         head: Head,
     ) -> torch.Tensor:
         values = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        needs_gradient = ctx.needs_input_grad[0] and not _scores_only.get()
-        gradient = torch.empty_like(hidden) if needs_gradient else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_fp32 = weight.float() if hidden.device.type == "cpu" else weight
         start = 0
         for part, wanted in _slices(hidden, targets, len(weight)):
@@ -153,8 +138,7 @@ class _FrozenHead(torch.autograd.Function):
                     residual.mul_(head.scale)
                 gradient[start:stop] = residual.to(weight_fp32.dtype) @ weight_fp32
             start = stop
-        # A checkpoint's first pass must save as much as its second: the hidden state stands in.
-        ctx.save_for_backward(hidden if gradient is None else gradient)
+        ctx.save_for_backward(gradient)
         return values
 
     @staticmethod

@@ -3,7 +3,8 @@
 A *piece* is a prompt with one or more of its responses, ``[P | R1 | R2 ...]``; every response's
 positions restart at |P|. The shared layout makes pieces as large as the chunk allows; the plain
 layout makes one piece per response and one row per piece, which is the usual padded batch. All of that
-is integer arithmetic on lengths, on the host.
+is integer arithmetic on lengths, on the host. A chunk holds whole groups, whose loss depends on nothing else; only a
+group larger than a chunk is split.
 
 In a shared row a token sees its own piece's prompt and its own response's past. The rule is written
 once, as a predicate on (query, key); dense masks and FlexAttention block masks both come from it.
@@ -11,8 +12,8 @@ once, as a predicate on (query, key); dense masks and FlexAttention block masks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ class Rows:
         target: int64 [n], index of that token in the flat `input_ids`.
         response: int64 [m], the responses of this chunk, in the order of their tokens in `target`.
         length: int64 [m], how many of `target` belong to each.
+        is_part: whether its groups have responses in other chunks too.
     """
 
     token: torch.Tensor
@@ -52,10 +54,17 @@ class Rows:
     target: torch.Tensor
     response: torch.Tensor
     length: torch.Tensor
+    is_part: bool = False
+
+    @property
+    def num_padded(self) -> int:
+        """Positions that hold no token."""
+        return int((self.piece < 0).sum())
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on another device."""
-        return Rows(**{item.name: getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)})
+        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "is_part"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,10 @@ def plan_chunks(
     layout: Literal["shared", "plain"],
     chunk_tokens: int,
 ) -> list[Rows]:
-    """Split a batch into chunks of at most `chunk_tokens` padded tokens, where single pieces allow it.
+    """Split a batch into chunks of at most `chunk_tokens` padded tokens, by whole groups where they fit.
 
-    Whole groups stay together where they fit; a group that does not is split by its responses, each
-    part with its own copy of the prompt. A response that does not fit alone gets a chunk alone.
+    A group that does not fit is split by its responses, each part with its own copy of the prompt, and its chunks hold
+    nothing else. A response that does not fit alone gets a chunk alone.
 
     Args:
         prompt_lengths: G lengths, each at least 1.
@@ -85,64 +94,102 @@ def plan_chunks(
         layout: shared or plain.
         chunk_tokens: the budget, padding included.
     """
-    pieces = list(_pieces(prompt_lengths, response_lengths, group, layout, chunk_tokens))
-    pieces.sort(key=lambda piece: piece.length, reverse=True)  # stable, so equal batches plan alike
-    chunks = []
-    while pieces:
-        rows, pieces = _fill_chunk(pieces, layout, chunk_tokens)
-        chunks.append(_lay_out(rows))
-    return chunks
+    whole: list[list[_Piece]] = []
+    chunks: list[Rows] = []
+    for pieces in _groups(prompt_lengths, response_lengths, group, layout, chunk_tokens):
+        if len(pieces) * max(piece.length for piece in pieces) <= chunk_tokens or len(pieces) == 1:
+            whole.append(pieces)
+        else:
+            chunks += _chunks([[piece] for piece in pieces], layout, chunk_tokens, is_part=True)
+    return _chunks(whole, layout, chunk_tokens) + chunks
 
 
-def _pieces(
+def _groups(
     prompt_lengths: Sequence[int],
     response_lengths: Sequence[int],
     group: Sequence[int],
     layout: str,
     chunk_tokens: int,
-) -> list[_Piece]:
-    pieces: list[_Piece] = []
+) -> Iterator[list[_Piece]]:
+    """The pieces of every group: one where the layout shares the prompt and the group fits a chunk."""
     offset, response = 0, 0
     for index, prompt_length in enumerate(prompt_lengths):
         prompt = range(offset, offset + prompt_length)
         offset += prompt_length
         members: list[tuple[int, range]] = []
-        length = prompt_length
         while response < len(group) and group[response] == index:
-            tokens = range(offset, offset + response_lengths[response])
-            if members and (layout == "plain" or length + len(tokens) > chunk_tokens):
-                pieces.append(_Piece(prompt, tuple(members), length))
-                members, length = [], prompt_length
-            members.append((response, tokens))
-            length += len(tokens)
-            offset += len(tokens)
+            members.append((response, range(offset, offset + response_lengths[response])))
+            offset += response_lengths[response]
             response += 1
         assert members, f"group {index} has no response"
-        pieces.append(_Piece(prompt, tuple(members), length))
+        yield _split(prompt, members, 0 if layout == "plain" else chunk_tokens)
+
+
+def _split(prompt: range, members: list[tuple[int, range]], longest: int) -> list[_Piece]:
+    """A group's pieces of at most `longest` tokens where single responses allow it: as few and as equal as possible."""
+    pieces = _filled(prompt, members, longest)
+    low, high = len(prompt) + 1, longest
+    while low < high and len(pieces) > 1:  # the smallest limit that makes no more pieces
+        middle = (low + high) // 2
+        attempt = _filled(prompt, members, middle)
+        low, high = (low, middle) if len(attempt) == len(pieces) else (middle + 1, high)
+        pieces = attempt if len(attempt) == len(pieces) else pieces
     return pieces
 
 
-def _fill_chunk(pieces: list[_Piece], layout: str, chunk_tokens: int) -> tuple[list[list[_Piece]], list[_Piece]]:
+def _filled(prompt: range, members: list[tuple[int, range]], longest: int) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    held: list[tuple[int, range]] = []
+    length = len(prompt)
+    for member in members:
+        if held and length + len(member[1]) > longest:
+            pieces.append(_Piece(prompt, tuple(held), length))
+            held, length = [], len(prompt)
+        held.append(member)
+        length += len(member[1])
+    return [*pieces, _Piece(prompt, tuple(held), length)]
+
+
+def _chunks(items: list[list[_Piece]], layout: str, chunk_tokens: int, *, is_part: bool = False) -> list[Rows]:
+    """Chunks of items, whose pieces stay together. Equal batches plan alike."""
+    items = sorted(items, key=lambda item: max(piece.length for piece in item), reverse=True)
+    chunks = []
+    while items:
+        rows, items = _fill_chunk(items, layout, chunk_tokens)
+        chunks.append(_lay_out(rows, is_part))
+    return chunks
+
+
+def _fill_chunk(
+    items: list[list[_Piece]], layout: str, chunk_tokens: int
+) -> tuple[list[list[_Piece]], list[list[_Piece]]]:
     """First fit, longest first. Rows are as long as the longest piece: attention grows with their square."""
-    capacity = pieces[0].length
-    most_rows = max(1, chunk_tokens // capacity)
+    capacity = max(piece.length for piece in items[0])
+    most_rows = max(len(items[0]), chunk_tokens // capacity)
     rows: list[list[_Piece]] = []
     free: list[int] = []
-    left: list[_Piece] = []
-    for piece in pieces:
-        row = next((r for r, room in enumerate(free) if room >= piece.length), None) if layout == "shared" else None
-        if row is not None:
+    left: list[list[_Piece]] = []
+    for item in items:
+        kept = len(rows), free.copy()
+        joined: list[int] = []
+        for piece in item:
+            fits = (r for r, room in enumerate(free) if room >= piece.length) if layout == "shared" else iter(())
+            row = next(fits, len(rows))
+            if row == len(rows):
+                rows.append([])
+                free.append(capacity)
             rows[row].append(piece)
             free[row] -= piece.length
-        elif len(rows) < most_rows:
-            rows.append([piece])
-            free.append(capacity - piece.length)
-        else:
-            left.append(piece)
+            joined.append(row)
+        if len(rows) > most_rows:  # not all of it fits
+            for row in joined:
+                rows[row].pop()
+            rows, free = rows[: kept[0]], kept[1]
+            left.append(item)
     return rows, left
 
 
-def _lay_out(rows: list[list[_Piece]]) -> Rows:
+def _lay_out(rows: list[list[_Piece]], is_part: bool) -> Rows:
     width = max(sum(piece.length for piece in row) for row in rows)
     shape = (len(rows), width)
     token, position, branch = (np.zeros(shape, np.int64) for _ in range(3))
@@ -181,6 +228,7 @@ def _lay_out(rows: list[list[_Piece]]) -> Rows:
         target=torch.from_numpy(np.concatenate(targets)),
         response=torch.tensor(responses),
         length=torch.tensor(lengths),
+        is_part=is_part,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rrhf_peft.logprobs.engine import MODEL_KEYS, LogProbEngine, causal_lm_of
+from rrhf_peft.logprobs.engine import ENGINE_KEYS, LogProbEngine, causal_lm_of
 from rrhf_peft.records import ResponseLogProbs, UserError
 
 #: Largest mean difference per response token, in nats, that rounding explains, by compute type.
@@ -215,14 +215,13 @@ def _part(batch: Mapping[str, Any], responses: Sequence[int]) -> dict[str, Any]:
             offset += lengths[response]
             response += 1
     renumbered = {g: number for number, g in enumerate(chosen)}
-    device = batch["input_ids"].device
     values = (
-        batch["input_ids"][torch.tensor([*itertools.chain(*pieces)], device=device)],
-        torch.tensor([prompts[g] for g in chosen], device=device),
-        torch.tensor([lengths[response] for response in responses], device=device),
-        torch.tensor([renumbered[owners[response]] for response in responses], device=device),
+        batch["input_ids"][torch.tensor([*itertools.chain(*pieces)], device=batch["input_ids"].device)],
+        torch.tensor([prompts[g] for g in chosen]),
+        torch.tensor([lengths[response] for response in responses]),
+        torch.tensor([renumbered[owners[response]] for response in responses]),
     )
-    return dict(zip(MODEL_KEYS, values, strict=True))
+    return dict(zip(ENGINE_KEYS, values, strict=True))
 
 
 def _tolerance(model: nn.Module, engine: LogProbEngine) -> float:

@@ -48,4 +48,7 @@ TAKES_REFERENCE = frozenset(
     name for name, objective in OBJECTIVES.items() if typing.get_type_hints(objective)["reference"] is not type(None)
 )
 
-__all__ = ["NEEDS_PAIRS", "NEEDS_REFERENCE", "OBJECTIVES", "TAKES_REFERENCE", *OBJECTIVES]
+#: Objectives whose loss of a group depends on the other groups of its micro-batch.
+COUPLES_GROUPS = frozenset({"kto"})
+
+__all__ = ["COUPLES_GROUPS", "NEEDS_PAIRS", "NEEDS_REFERENCE", "OBJECTIVES", "TAKES_REFERENCE", *OBJECTIVES]

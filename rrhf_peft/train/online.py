@@ -128,7 +128,7 @@ class OnlineTrainer(RRHFTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[GroupBatch], torch.Tensor]:
+    ) -> tuple[list[GroupBatch], int]:
         """The micro-batches of one optimizer step, of which the refresh makes those of several at once."""
         if epoch_iterator is not self._epoch:  # what an earlier call of `train` has left is stale
             self._ready.clear()
@@ -273,8 +273,7 @@ class OnlineTrainer(RRHFTrainer):
         self._add(name, seconds, 1)
 
     def _add(self, name: str, total: float, weight: float) -> None:
-        device = self.args.device
-        self._sampled.add({name: Mean(torch.tensor(total, device=device), torch.tensor(weight, device=device))})
+        self._sampled.add({name: Mean(torch.tensor(total), torch.tensor(weight))})
 
 
 class _PromptsOrGroups(GroupCollator):

@@ -6,13 +6,14 @@ metrics. Everything else (loop, optimizers, distributed wrappers, checkpoints) i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
 from rrhf_peft.files import replace_text
 from rrhf_peft.logprobs import Proof, install, prove
 from rrhf_peft.modeling import load_base_model, load_tokenizer, prepare_for_training
-from rrhf_peft.objectives import NEEDS_PAIRS, OBJECTIVES
+from rrhf_peft.objectives import COUPLES_GROUPS, NEEDS_PAIRS, OBJECTIVES
 from rrhf_peft.records import GroupBatch, Mean, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
 from rrhf_peft.train.callbacks import AtBegin, GradientCheck, TrainingProgress
 from rrhf_peft.train.config import RRHFConfig
@@ -101,9 +102,9 @@ class RRHFTrainer(Trainer):
         self.engine = install(model, layout=args.layout, chunk_tokens=args.chunk_tokens)
         self.proof: Proof | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._loss_so_far = torch.zeros((), device=args.device)
+        self._loss_so_far = torch.zeros(())
         self._last_log = (time.perf_counter(), 0, 0)
-        self._groups = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._groups = 0
         self._resumed_from: Path | None = None
         self._began, self._seconds_before = time.monotonic(), 0.0
         self.write_card: Callable[[], None] | None = None  # set on the main process, where there is a run folder
@@ -145,30 +146,93 @@ class RRHFTrainer(Trainer):
 
     # ---- Loss ----
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Transformers' step for every chunk of a micro-batch, whose gradients add up; returns the loss of all.
+
+        A loss is a mean over all groups of the optimizer step, however these are split. DDP and FSDP average gradients
+        over processes, hence the factor num_processes.
+        """
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        per_group = self.accelerator.num_processes / (num_items_in_batch or len(batch["index"]))
+        losses: list[tuple[torch.Tensor, ResponseLogProbs, torch.Tensor]] = []
+        with self.compute_loss_context_manager():
+            if self.proof is None:
+                self._prove_engine(model, batch)
+            reference = self.reference_log_probs(model, batch)
+
+            def loss_of(log_probs: ResponseLogProbs, responses: torch.Tensor) -> torch.Tensor:
+                groups = batch["group"][responses].unique()
+                part = {name: batch[name][responses] for name in ("scores", "source")}
+                part["index"] = batch["index"][groups]
+                loss = self._mean_loss(log_probs, part, _choose(reference, responses), "train")
+                loss = loss * (_groups_in(part) * per_group)
+                losses.append((loss.detach(), log_probs, part["index"]))
+                return loss
+
+            couples = self.args.objective in COUPLES_GROUPS
+            turns = self.engine.turns(model, batch, loss_of, couples_groups=couples)
+        for turn in turns:
+            with contextlib.nullcontext() if turn is turns[-1] else self._more_chunks_to_come(model):
+                super().training_step(model, {"turn": turn}, num_items_in_batch)
+        return self._sum_of(losses).to(self.args.device)
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective's mean over the micro-batch's groups, weighed by its share of the step's groups.
-
-        DDP and FSDP average gradients over processes, hence the factor num_processes: the result is
-        the mean over all groups of the optimizer step, however they were split.
-        """
+        """The objective's mean over a batch's groups; or, in a training step, what one chunk adds to the loss."""
+        if "turn" in inputs:
+            return inputs["turn"]()
         if self.proof is None:
             self._prove_engine(model, inputs)
-        reference = self.reference_log_probs(model, inputs)  # first: no graph of the policy's fills the memory yet
+        reference = self.reference_log_probs(model, inputs)
         log_probs = self.engine.log_probs(model, inputs)
-        loss, metrics = self.objective(log_probs, inputs["scores"], reference=reference, **self.objective_options)
-        self._require_finite(log_probs, loss, inputs)
-        metrics = {**metrics, **source_metrics(log_probs, inputs["source"], self.source_names)}
-        groups = _groups_in(inputs)
-        if groups == 0:  # a stand-in, whose names every process still needs to add
+        loss = self._mean_loss(log_probs, inputs, reference, "train" if model.training else "eval")
+        loss = self._sum_of([(loss, log_probs, inputs["index"])]).to(self.args.device)
+        return (loss, log_probs) if return_outputs else loss
+
+    def _mean_loss(
+        self, log_probs: ResponseLogProbs, batch: Any, reference: ResponseLogProbs | None, split: str
+    ) -> torch.Tensor:
+        """The objective's mean over whole groups; their metrics go into the sums of the split."""
+        loss, metrics = self.objective(log_probs, batch["scores"], reference=reference, **self.objective_options)
+        metrics = {**metrics, **source_metrics(log_probs, batch["source"], self.source_names)}
+        if _groups_in(batch) == 0:  # a stand-in, whose names every process still needs to add
             metrics = {name: Mean(0 * mean.weight, 0 * mean.weight) for name, mean in metrics.items()}
             loss = 0 * loss
-        self._sums["train" if model.training else "eval"].add(metrics)
-        self._loss_so_far += loss.detach().abs()
-        if num_items_in_batch is not None:
-            loss = loss * (groups * self.accelerator.num_processes / num_items_in_batch)
-        return (loss, log_probs) if return_outputs else loss
+        self._sums[split].add(metrics)
+        return loss
+
+    def _sum_of(self, losses: Sequence[tuple[torch.Tensor, ResponseLogProbs, torch.Tensor]]) -> torch.Tensor:
+        """The sum of (loss, log-probs of its groups, their index); one that is not finite ends the run.
+
+        Raises:
+            UserError: with the groups whose log-probs are not finite.
+        """
+        for loss, log_probs, index in losses:
+            if not torch.isfinite(loss):
+                bad = index[log_probs.group[~torch.isfinite(log_probs.sum)]].unique().tolist()
+                raise self._not_finite(loss.item(), bad)
+        total = torch.stack([loss for loss, _, _ in losses]).sum()
+        self._loss_so_far += total.detach().abs()
+        return total
+
+    @contextlib.contextmanager
+    def _more_chunks_to_come(self, model: nn.Module) -> Iterator[None]:
+        """Within it a backward pass adds to this process's gradients alone: the micro-batch's last one shares them.
+
+        Sharded gradients (FSDP) are shared every time, because whole ones would fill the memory in between.
+        """
+        kind, state = self.accelerator.distributed_type, self.accelerator.gradient_state
+        if kind == DistributedType.DEEPSPEED:  # takes the optimizer step itself, after a backward pass that says so
+            is_last, _ = state.sync_gradients, state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(is_last)
+        else:
+            with contextlib.nullcontext() if kind == DistributedType.FSDP else self.accelerator.no_sync(model):
+                yield
 
     def _prove_engine(self, model: nn.Module, inputs: Any) -> None:
         """On the first batch of the run: settle the layout that gives this model's own log-probs."""
@@ -207,7 +271,7 @@ class RRHFTrainer(Trainer):
         if self.args.should_save:
             self.reference_cache.write(path)
         self.accelerator.wait_for_everyone()
-        self._last_log = (time.perf_counter(), self.engine.tokens.seen, int(self._groups))  # no part of a step's rate
+        self._last_log = (time.perf_counter(), self.engine.tokens.seen, self._groups)  # no part of a step's rate
 
     def _say(self, line: str) -> None:
         """Tell the user, above the progress bar where there is one."""
@@ -217,7 +281,7 @@ class RRHFTrainer(Trainer):
 
     def _lost_anything(self) -> bool:
         """Whether any process has seen a loss other than 0, which has no gradient; collective."""
-        return bool(self.accelerator.reduce(self._loss_so_far, reduction="sum") > 0)
+        return bool(self.accelerator.reduce(self._loss_so_far.to(self.args.device), reduction="sum") > 0)
 
     def _overflowed(self) -> bool:
         """Whether fp16's gradients overflowed and the scaler will skip the step, and try a smaller scale; collective.
@@ -234,23 +298,36 @@ class RRHFTrainer(Trainer):
                 overflows += (~torch.isfinite(gradient)).any()
         return bool(self.accelerator.reduce(overflows, reduction="sum") > 0)
 
-    def _get_num_items_in_batch(self, batch_samples: list[GroupBatch], device: torch.device) -> torch.Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[GroupBatch], device: torch.device) -> int:
         """Groups in this optimizer step, over all micro-batches and processes."""
-        groups = torch.tensor(sum(map(_groups_in, batch_samples)), device=device)
-        groups = self.accelerator.reduce(groups, reduction="sum")
+        groups = self._total(sum(map(_groups_in, batch_samples)))
         self._groups += groups
-        return groups.clamp(min=1)
+        return max(groups, 1)
+
+    def _total(self, count: int) -> int:
+        """A count summed over the processes; collective."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.args.device), reduction="sum"))
+
+    def _get_dataloader(self, *args: Any, **rest: Any) -> Any:
+        """Batches stay on the host, where their lengths and scores are read: see `_prepare_input`."""
+        placing, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            return super()._get_dataloader(*args, **rest)
+        finally:
+            self.accelerator.device_placement = placing
 
     def _prepare_input(self, data: Any) -> Any:
-        """Move to the device and nothing else: DeepSpeed's cast of floats to bf16 would tie close scores."""
-        if isinstance(data, dict):
-            return {name: self._prepare_input(value) for name, value in data.items()}
-        return data.to(self.args.device) if isinstance(data, torch.Tensor) else data
+        """Token ids go to the device and nothing else: whoever reads the rest there waits for it to come to rest.
 
-    def _require_finite(self, log_probs: ResponseLogProbs, loss: torch.Tensor, inputs: Any) -> None:
-        if torch.isfinite(loss):
-            return
-        bad = inputs["index"][log_probs.group[~torch.isfinite(log_probs.sum)]].unique().tolist()
+        Nor does DeepSpeed cast scores to bf16, which would tie close ones.
+        """
+        if isinstance(data, dict) and "input_ids" in data:
+            return {**data, "input_ids": data["input_ids"].to(self.args.device, non_blocking=True)}
+        return data
+
+    def _not_finite(self, loss: float, bad: list[int]) -> UserError:
         where = f"in group{'s' * (len(bad) > 1)} {', '.join(map(str, bad))}" if bad else "in the objective"
         if self.state.global_step == 0 and bad:
             reason = (
@@ -263,8 +340,8 @@ class RRHFTrainer(Trainer):
                 "training.max_grad_norm, look at that group with `rrhf-peft inspect`, and resume from the last "
                 "checkpoint."
             )
-        raise UserError(
-            f"step {self.state.global_step + 1}: the loss is not finite ({loss.item()}), {where} of the training data. "
+        return UserError(
+            f"step {self.state.global_step + 1}: the loss is not finite ({loss}), {where} of the training data. "
             f"{reason}"
         )
 
@@ -298,7 +375,7 @@ class RRHFTrainer(Trainer):
         Tokens are those that went through the model, of which the shared layout has fewer; groups compare layouts.
         """
         then, tokens_then, groups_then = self._last_log
-        now, tokens, groups = time.perf_counter(), self.engine.tokens, int(self._groups)
+        now, tokens, groups = time.perf_counter(), self.engine.tokens, self._groups
         self._last_log = (now, tokens.seen, groups)
         counts = torch.tensor([tokens.seen - tokens_then, tokens.seen, tokens.unshared], device=self.args.device)
         new, seen, unshared = self.accelerator.reduce(counts, reduction="sum").tolist()
@@ -321,7 +398,7 @@ class RRHFTrainer(Trainer):
             "unlogged_loss": self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
             "last_logged_step": self._globalstep_last_logged,
             "tokens": {"responses": responses, "seen": seen, "unshared": unshared},
-            "groups": int(self._groups),
+            "groups": self._groups,
             "seconds": self._seconds_before + time.monotonic() - self._began,
             "sums": self._sums["train"].read(self.accelerator),
         }
@@ -329,7 +406,7 @@ class RRHFTrainer(Trainer):
     def _restore_totals(self) -> None:
         """Go on with the sums of the checkpoint, so that the log reads as if nothing had happened."""
         self._began, self._seconds_before = time.monotonic(), 0.0
-        self._groups.zero_()
+        self._groups = 0
         self._last_log = (time.perf_counter(), self.engine.tokens.seen, 0)
         path = None if self._resumed_from is None else self._resumed_from / TOTALS
         if path is None or not path.is_file():  # a new run, or a checkpoint of an older version
@@ -339,11 +416,11 @@ class RRHFTrainer(Trainer):
         self._tr_loss = torch.tensor(totals["unlogged_loss"], device=self.args.device)
         self._globalstep_last_logged = totals["last_logged_step"]
         self._seconds_before = totals["seconds"]
-        self._groups.fill_(totals["groups"])
+        self._groups = totals["groups"]
         share = int(self.is_world_process_zero())  # they are sums over all processes
         for name, count in totals["tokens"].items():
             setattr(self.engine.tokens, name, count * share)
-        self._sums["train"].restore(totals["sums"], share, self.args.device)
+        self._sums["train"].restore(totals["sums"], share)
         self._last_log = (time.perf_counter(), self.engine.tokens.seen, totals["groups"])
 
     def _whole_run(self) -> dict[str, float]:
@@ -354,7 +431,7 @@ class RRHFTrainer(Trainer):
         return {
             "train_loss": loss / max(self.state.global_step, 1),
             "train_runtime": seconds,
-            "train_samples_per_second": int(self._groups) / seconds,
+            "train_samples_per_second": self._groups / seconds,
             "train_steps_per_second": self.state.global_step / seconds,
         }
 
@@ -424,7 +501,7 @@ class MetricSums:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Add one micro-batch's means; stays on their device, without waiting for it."""
+        """Add the means of some groups."""
         for name, mean in metrics.items():
             pair = torch.stack([mean.total.double(), mean.weight.double()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
@@ -439,14 +516,12 @@ class MetricSums:
         """Name -> total and weight over all processes; collective."""
         if not self._sums:
             return {}
-        stacked = accelerator.reduce(torch.stack(list(self._sums.values())), reduction="sum")
+        stacked = accelerator.reduce(torch.stack(list(self._sums.values())).to(accelerator.device), reduction="sum")
         return dict(zip(self._sums, stacked.tolist(), strict=True))
 
-    def restore(self, sums: dict[str, list[float]], share: int, device: torch.device) -> None:
+    def restore(self, sums: dict[str, list[float]], share: int) -> None:
         """Go on from what `read` gave, of which this process takes the share 1 or 0."""
-        self._sums = {
-            name: share * torch.tensor(pair, dtype=torch.float64, device=device) for name, pair in sums.items()
-        }
+        self._sums = {name: share * torch.tensor(pair, dtype=torch.float64) for name, pair in sums.items()}
 
 
 def source_metrics(log_probs: ResponseLogProbs, source: torch.Tensor, names: Sequence[str]) -> Metrics:
@@ -465,6 +540,11 @@ def source_metrics(log_probs: ResponseLogProbs, source: torch.Tensor, names: Seq
     if len(names) > MOST_SOURCES:
         means["logps/other sources"] = Mean(total[MOST_SOURCES:].sum(), count[MOST_SOURCES:].sum())
     return means
+
+
+def _choose(reference: ResponseLogProbs | None, responses: torch.Tensor) -> ResponseLogProbs | None:
+    """The reference of some responses. Objectives take its sums and lengths; the groups are the policy's to number."""
+    return None if reference is None else ResponseLogProbs(*(values[responses] for values in reference))
 
 
 def _groups_in(batch: Any) -> int:

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rrhf_peft.logprobs import install, uninstall
-from rrhf_peft.objectives import rrhf
+from rrhf_peft.logprobs.engine import causal_lm_of
+from rrhf_peft.objectives import kto, rrhf
 from rrhf_peft.records import ResponseLogProbs
 
 VOCABULARY = 97
@@ -36,7 +37,36 @@ def with_lora(model, **fields):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
+    return trained_gradients(model)
+
+
+def trained_gradients(model):
     return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def step(engine, model, batch, loss_of, **options):
+    """The loss and its gradients, turn by turn, as training takes them; and the number of turns."""
+    model.zero_grad()
+    shares = []
+
+    def noting(log_probs, responses):
+        shares.append(loss_of(log_probs, responses))
+        return shares[-1]
+
+    turns = engine.turns(model, batch, noting, **options)
+    for turn in turns:
+        turn().backward()
+    return sum(share.item() for share in shares), trained_gradients(model), len(turns)
+
+
+def mean_of_groups(batch, objective=rrhf, **options):
+    """A loss over whole groups as its share in the mean over all groups of the batch."""
+
+    def loss_of(log_probs, responses):
+        loss, _ = objective(log_probs, batch["scores"][responses], **options)
+        return loss * (int(log_probs.group[-1]) + 1) / len(batch["prompt_lengths"])
+
+    return loss_of
 
 
 def relative_error(got, expected):
@@ -75,6 +105,11 @@ def test_loss_and_adapter_gradients_equal_the_float64_oracle(variant, layout, ch
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert relative_error(gradients(model, loss), expected_gradients) < 1e-4
 
+    loss, by_turns, turns = step(engine, model, batch, mean_of_groups(batch, variant=variant))
+    assert turns == 1 or chunk_tokens == 40
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert relative_error(by_turns, expected_gradients) < 1e-4
+
 
 @pytest.mark.parametrize(
     "fields",
@@ -91,7 +126,8 @@ def test_every_kind_of_head(fields, tied):
     expected = gradients(twin, (response_sums(twin, groups) * weights).sum())
     for chunk_tokens in (25, 10_000):
         engine = install(model, chunk_tokens=chunk_tokens)
-        got = gradients(model, (engine.log_probs(model, as_batch(groups)).sum * weights).sum())
+        _, got, turns = step(engine, model, as_batch(groups), lambda own, which: (own.sum * weights[which]).sum())
+        assert (turns > 1) == (chunk_tokens == 25)
         assert relative_error(got, expected) < 1e-5
 
 
@@ -106,7 +142,8 @@ def test_chunks_with_gradient_checkpointing(checkpointing):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     engine = install(model, chunk_tokens=30)
-    got = gradients(model, engine.log_probs(model, batch).sum.square().sum())
+    _, got, turns = step(engine, model, batch, lambda own, which: own.sum.square().sum())
+    assert turns > 2
     assert relative_error(got, expected) < 1e-5  # float32: 1.3e-6 has been seen where kernels sum in another order
 
 
@@ -170,28 +207,26 @@ def test_no_full_logits_and_bounded_memory(monkeypatch):
     monkeypatch.setattr(head, "_product", lambda *args: seen.append(len(args[0])) or product(*args))
     for model in (with_lora(small_llama()), small_llama()):
         engine = install(model, chunk_tokens=50)
-        engine.log_probs(model, as_batch(random_groups(1, [4, 4], VOCABULARY))).sum.sum().backward()
+        step(engine, model, as_batch(random_groups(1, [4, 4], VOCABULARY)), lambda own, which: own.sum.sum())
     assert seen
     assert max(seen) <= 5
 
 
 def test_freed_memory_goes_back_between_chunks(monkeypatch):
-    """Of two chunks the first is computed twice; one chunk leaves nothing behind for another."""
+    """One chunk leaves nothing behind for another."""
     from rrhf_peft.logprobs import engine as module
 
     returned = []
     monkeypatch.setattr(module, "_malloc_trim", lambda: returned.append)
     model, batch = with_lora(small_llama()), as_batch(random_groups(1, [4, 4], VOCABULARY))
-    install(model).log_probs(model, batch).sum.sum().backward()
+    step(install(model), model, batch, lambda own, which: own.sum.sum())
     assert returned == []
-    engine = install(model, chunk_tokens=60)
-    log_probs = engine.log_probs(model, batch)
-    chunks = len(returned)
-    assert chunks > 1
-    log_probs.sum.sum().backward()
-    assert returned == [0] * (2 * chunks - 1)
+    engine, passes = install(model, chunk_tokens=60), forwards_of(model)
+    step(engine, model, batch, lambda own, which: own.sum.sum())
+    assert len(returned) == len(passes) > 1
     monkeypatch.setattr(module, "_malloc_trim", lambda: None)  # another C library
-    assert torch.equal(install(model, chunk_tokens=60).log_probs(model, batch).sum, log_probs.sum)
+    step(engine, model, batch, lambda own, which: own.sum.sum())
+    assert len(returned) == len(passes) / 2
 
 
 def test_the_models_own_forward_still_works(tinystories):
@@ -210,8 +245,113 @@ def test_tokens_are_counted():
     model = small_llama()
     engine = install(model)
     groups = [([3, 4, 5], [[6], [7, 8]]), ([3], [[4, 5], [6], [7]])]
-    engine.log_probs(model, as_batch(groups))
+    step(engine, model, as_batch(groups), lambda own, which: own.sum.sum())
     assert (engine.tokens.responses, engine.tokens.seen, engine.tokens.unshared) == (7, 11, 7 + 6 + 3)
     with torch.no_grad():
         engine.log_probs(model, as_batch(groups))
     assert engine.tokens.seen == 11
+
+
+def forwards_of(model):
+    """[(tokens of the forward pass, whether it makes a graph), ...], filled as the model runs."""
+    passes = []
+    layers = causal_lm_of(model).model
+    whole = layers.forward
+
+    def noting(*args, **kwargs):
+        passes.append((kwargs["input_ids"].numel(), torch.is_grad_enabled()))
+        return whole(*args, **kwargs)
+
+    layers.forward = noting
+    return passes
+
+
+def test_whole_groups_are_computed_once_and_only_an_oversized_one_twice():
+    model = with_lora(small_llama()).train()
+    passes = forwards_of(model)
+    short, long = random_groups(5, [3, 2, 4], VOCABULARY), random_groups(6, [12], VOCABULARY)
+    longest = max(len(p) + sum(map(len, rs)) for p, rs in short)
+    batch = as_batch(short, random_scores(short, 1))
+    *_, turns = step(install(model, chunk_tokens=longest), model, batch, mean_of_groups(batch))
+    assert [graph for _, graph in passes] == [True] * turns
+    assert turns > 1
+    passes.clear()
+    groups = short + long
+    batch = as_batch(groups, [float(n) for n in range(21)])
+    assert len(long[0][0]) + sum(map(len, long[0][1])) > longest
+    loss_of = mean_of_groups(batch, pair_reduction="mean", margin=100.0)  # every response has a gradient
+    step(install(model, chunk_tokens=longest), model, batch, loss_of)
+    again = [tokens for tokens, graph in passes if not graph]
+    assert len(again) > 1
+    assert [tokens for tokens, graph in passes if graph][-len(again) :] == again
+    assert len(passes) == turns + 2 * len(again)
+
+
+def test_chunks_without_a_gradient_are_left_out():
+    """Of 64 responses, all in order but the last two, only those that the hinge still moves go backward."""
+    model = with_lora(small_llama()).train()
+    (group,) = random_groups(8, [64], VOCABULARY)
+    with torch.no_grad():
+        engine = install(model, chunk_tokens=100_000)
+        p = engine.log_probs(model, as_batch([group]))
+        scores = (p.sum / p.num_tokens).double()
+    best, second = scores.topk(2).indices.tolist()
+    scores[best], scores[second] = scores[second].item(), scores[best].item()
+    batch = {**as_batch([group]), "scores": scores}
+    loss_of = mean_of_groups(batch, sft_weight=0.0)
+    expected_loss, expected, _ = step(engine, model, batch, loss_of)
+    assert expected_loss > 0
+    passes = forwards_of(model)
+    loss, got, turns = step(install(model, chunk_tokens=120), model, batch, loss_of)
+    chunks = sum(not graph for _, graph in passes)
+    assert chunks > 5
+    assert turns == sum(graph for _, graph in passes) <= 2
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert relative_error(got, expected) < 1e-4
+    batch["scores"] = torch.zeros(64, dtype=torch.float64)  # ties alone: no gradient, and still one backward pass
+    _, got, turns = step(install(model, chunk_tokens=120), model, batch, loss_of)
+    assert turns == 1
+    assert all(not gradient.any() for gradient in got.values())
+
+
+@pytest.mark.parametrize("sizes", [[64], [7, 30, 2]], ids=str)
+def test_dropout_masks_are_the_same_in_both_passes(sizes):
+    """The chunks' own masks decide the loss: gradients are those of these very chunks, kept whole."""
+    model = with_lora(small_llama(), lora_dropout=0.5).train()
+    groups = random_groups(3, sizes, VOCABULARY)
+    batch = as_batch(groups, random_scores(groups, 3))
+    engine = install(model, chunk_tokens=60)
+    torch.manual_seed(5)
+    log_probs = engine.log_probs(model, batch)
+    loss_of = mean_of_groups(batch, margin=1.0)
+    whole = loss_of(log_probs, torch.arange(sum(sizes)))
+    expected = gradients(model, whole)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    loss, got, turns = step(engine, model, batch, loss_of, couples_groups=True)
+    assert turns > 2
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    assert relative_error(got, expected) < 1e-5
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("chunk_tokens", [60, 100_000])
+def test_objectives_that_couple_groups_see_all_of_them(chunk_tokens):
+    model = with_lora(small_llama())
+    groups = random_groups(3, [2, 7, 4], VOCABULARY)
+    batch = as_batch(groups, random_scores(groups, 3))
+    engine = install(model, chunk_tokens=100_000)
+    with torch.no_grad():
+        reference = engine.log_probs(model, batch)
+        reference = reference._replace(sum=reference.sum + torch.randn(13, generator=torch.Generator().manual_seed(1)))
+
+    def loss_of(log_probs, responses):
+        assert len(responses) == 13
+        return kto(log_probs, batch["scores"], reference=reference)[0]
+
+    loss = loss_of(engine.log_probs(model, batch), torch.arange(13))
+    expected = gradients(model, loss)
+    got_loss, got, turns = step(install(model, chunk_tokens=chunk_tokens), model, batch, loss_of, couples_groups=True)
+    assert (turns > 1) == (chunk_tokens == 60)
+    assert got_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_error(got, expected) < 1e-5

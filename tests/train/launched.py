@@ -42,17 +42,21 @@ def step(trainer, log_probs, loss):
 
 def main():
     folder, rank = Path(sys.argv[1]).parent, os.environ.get("RANK", "0")
-    compute_loss = RRHFTrainer.compute_loss
+    training_step, mean_loss = RRHFTrainer.training_step, RRHFTrainer._mean_loss
+    path, before = folder / f"seen-{rank}.json", {}
 
-    def spying(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        path = folder / f"seen-{rank}.json"
-        before = None if path.exists() else wrapping(model)
-        loss, log_probs = compute_loss(self, model, inputs, True, num_items_in_batch)
-        if before is not None:
+    def spying_step(self, model, inputs, num_items_in_batch=None):
+        if not before:
+            before.update(wrapping(model))
+        return training_step(self, model, inputs, num_items_in_batch)
+
+    def spying_loss(self, log_probs, *arguments):
+        loss = mean_loss(self, log_probs, *arguments)
+        if before and not path.exists():
             path.write_text(json.dumps({**before, **step(self, log_probs, loss)}))
-        return (loss, log_probs) if return_outputs else loss
+        return loss
 
-    RRHFTrainer.compute_loss = spying
+    RRHFTrainer.training_step, RRHFTrainer._mean_loss = spying_step, spying_loss
     torch.set_num_threads(1)
     run_module("train")
 

@@ -102,7 +102,9 @@ def test_a_run_that_trains_nothing_is_an_error(tiny_model_folder, ranked, tmp_pa
 
     forward = engine._forward_rows
     # the right values, cut off from every weight
-    monkeypatch.setattr(engine, "_forward_rows", lambda *args: (out := forward(*args)).detach() + 0.0 * out)
+    monkeypatch.setattr(
+        engine, "_forward_rows", lambda *args, **rest: (out := forward(*args, **rest)).detach() + 0 * out
+    )
     monkeypatch.setattr("rrhf_peft.train.trainer.prove", lambda *args, **kwargs: type("P", (), {"rejected": ()}))
     with pytest.raises(UserError, match="all zero"):
         train_recipe(small_recipe(tiny_model_folder, ranked, tmp_path / "run"))
