@@ -8,6 +8,7 @@ from typing import Any
 from rrhf_peft.objectives.listwise import info_nca, lipo_lambda, mpo, plackett_luce, pro
 from rrhf_peft.objectives.pairwise import cpo, dpo, hinge, ipo, odpo, orpo, rpo, simpo
 from rrhf_peft.objectives.pointwise import gvpo, kto, nca, qrpo
+from rrhf_peft.objectives.policy_gradient import grpo, rloo
 from rrhf_peft.objectives.rrhf import rrhf, sft
 
 #: Name in a recipe -> `(log_probs, scores, *, reference=None, **hyper) -> (loss, metrics)`.
@@ -31,10 +32,15 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "rpo": rpo,
     "gvpo": gvpo,
     "qrpo": qrpo,
+    "rloo": rloo,
+    "grpo": grpo,
 }
 
 #: Objectives that learn from ordered pairs: a group without one teaches them nothing (or, qrpo, nothing true).
 NEEDS_PAIRS = frozenset(OBJECTIVES) - {"sft", "kto", "info_nca", "nca", "gvpo"}
+
+#: Objectives for online training alone: their reference is the policy that sampled the responses.
+ONLINE_ONLY = frozenset({"rloo", "grpo"})
 
 #: Objectives that compare the policy with a reference policy: `reference` has no default.
 NEEDS_REFERENCE = frozenset(
@@ -51,4 +57,12 @@ TAKES_REFERENCE = frozenset(
 #: Objectives whose loss of a group depends on the other groups of its micro-batch.
 COUPLES_GROUPS = frozenset({"kto"})
 
-__all__ = ["COUPLES_GROUPS", "NEEDS_PAIRS", "NEEDS_REFERENCE", "OBJECTIVES", "TAKES_REFERENCE", *OBJECTIVES]
+__all__ = [
+    "COUPLES_GROUPS",
+    "NEEDS_PAIRS",
+    "NEEDS_REFERENCE",
+    "OBJECTIVES",
+    "ONLINE_ONLY",
+    "TAKES_REFERENCE",
+    *OBJECTIVES,
+]

@@ -260,6 +260,28 @@ class QRPOObjective(_ImplicitReward):
     name: Literal["qrpo"]
 
 
+class _PolicyGradient(Section):
+    """Online training with the policy's own responses; only with `online:`."""
+
+    epsilon: float = Field(0.2, gt=0, lt=1, description="Ratios to the sampling policy count from 1 - epsilon on.")
+    epsilon_high: float | None = Field(None, gt=0, description="And up to 1 + epsilon_high. Unset: epsilon.")
+
+
+class RLOOObjective(_PolicyGradient):
+    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740), clipped; the ratio is of whole responses."""
+
+    name: Literal["rloo"]
+
+
+class GRPOObjective(_PolicyGradient):
+    """Group relative policy optimization (arXiv 2402.03300), clipped; the ratio is GSPO's, per response."""
+
+    name: Literal["grpo"]
+    scale_rewards: Literal["group", "none"] = Field(
+        "group", description="group: advantages are divided by the group's standard deviation. none: as Dr. GRPO."
+    )
+
+
 ObjectiveSection = Annotated[
     RRHFObjective
     | SFTObjective
@@ -279,7 +301,9 @@ ObjectiveSection = Annotated[
     | MPOObjective
     | RPOObjective
     | GVPOObjective
-    | QRPOObjective,
+    | QRPOObjective
+    | RLOOObjective
+    | GRPOObjective,
     Field(discriminator="name"),
 ]
 
@@ -755,6 +779,18 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.online is not None:
         yield from online_contradictions(recipe.online, recipe.data, recipe.adapter, training)
     objective = recipe.objective
+    if isinstance(objective, _PolicyGradient):
+        if recipe.online is None:
+            yield (
+                "objective.name",
+                f"{objective.name} learns from responses that the policy samples while it is trained; add a section "
+                "online (rrhf-peft recipes copy online shows one), or take another objective",
+            )
+        elif recipe.online.keep_provided:
+            yield (
+                "online.keep_provided",
+                f"{objective.name} learns from the policy's own responses alone; set it to false",
+            )
     if isinstance(objective, RRHFObjective):
         if objective.variant == "released" and objective.sft_reduction is not None:
             yield "objective.sft_reduction", "variant released always takes the mean over the padded length; remove it"

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
+from torch import nn
 from transformers.trainer_utils import SaveStrategy
 
 from rrhf_peft.data import Encoder, GroupCollator, stop_token_ids
@@ -30,7 +31,7 @@ from rrhf_peft.data.tokenizing import Counts, why_dropped, without_duplicates
 from rrhf_peft.files import replace_text
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.records import PER_RESPONSE, GroupBatch, Mean, RankedGroup, TokenizedGroup, UserError
+from rrhf_peft.records import PER_RESPONSE, GroupBatch, Mean, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
 from rrhf_peft.sample.candidate import Candidate, Decoding
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 from rrhf_peft.score.combine import combined
@@ -77,6 +78,8 @@ class OnlineTrainer(RRHFTrainer):
         UserError: sharded weights, a penalty without an adapter, or checkpoints between two refreshes.
     """
 
+    online = True
+
     def __init__(
         self,
         model: Any,
@@ -122,6 +125,7 @@ class OnlineTrainer(RRHFTrainer):
         self._ready: deque[list[GroupBatch]] = deque()
         self._epoch: Iterator[Any] | None = None
         self._sampled = MetricSums()
+        self._sampling_sums: dict[int, torch.Tensor] = {}  # by group, where the objective compares with them
         self._in_vain = 0
 
     # ---- Batches ----
@@ -155,6 +159,9 @@ class OnlineTrainer(RRHFTrainer):
         options = (self.args.objective in NEEDS_PAIRS, self.objective_options.get("min_score_gap", 0.0))
         learned = [why_dropped(answers.scores, *options) is None for answers in answered]
         self._record(answered, learned)
+        self._sampling_sums = {STAND_IN: torch.zeros(2)}
+        for answers in answered:
+            self._sampling_sums[answers.prompt.index] = torch.tensor(answers.log_probs)
 
         groups = (answers.group() if teaches else None for answers, teaches in zip(answered, learned, strict=True))
         return [[self._batch([next(groups) for _ in batch], batch[0]) for batch in batches] for batches in steps]
@@ -164,6 +171,16 @@ class OnlineTrainer(RRHFTrainer):
         kept = [group for group in groups if group is not None]
         collate: Any = self.data_collator
         return collate(kept or [stand_in(prompt, self.own_source, eos)])
+
+    def reference_log_probs(self, model: nn.Module, inputs: Any) -> ResponseLogProbs | None:
+        """As for ranked data; for an objective that compares with the sampling policy, as it was when it sampled."""
+        if self.reference != "sampling":
+            return super().reference_log_probs(model, inputs)
+        if not model.training:  # held-out groups are ranked data, and no ratio is clipped
+            return self.engine.log_probs(model, inputs)
+        sums = torch.cat([self._sampling_sums[index] for index in inputs["index"].tolist()])
+        lengths = inputs["response_lengths"]
+        return ResponseLogProbs(sums.to(lengths.device), lengths, lengths, inputs["group"])
 
     # ---- Answers ----
 
@@ -197,16 +214,18 @@ class OnlineTrainer(RRHFTrainer):
                 scores,
                 self.encoder,
                 max_tokens=self.args.max_tokens,
+                repeats=self.reference == "sampling",
             )
             for item, drawn, scores in zip(prompts, candidates, rewards, strict=True)
         ]
         for item, drawn, scores in zip(prompts, candidates, rewards, strict=True):
             self._measure(drawn, [score for score in scores[len(item.responses) :] if score is not None])
-        self._compare_with_adapter_off(answered)
+        self._measure_log_probs(answered)
         return answered
 
-    def _compare_with_adapter_off(self, answered: Sequence[Answers]) -> None:
-        """Log-ratios of all responses to the adapter-off policy, and the penalty where there is one."""
+    def _measure_log_probs(self, answered: Sequence[Answers]) -> None:
+        """Log-probs of all responses where something compares with them: the objective, or, against the adapter-off
+        policy, the penalty and the log."""
         usable = [answers for answers in answered if answers.response_ids]
         size = self.args.per_device_train_batch_size
         parts = [usable[start : start + size] for start in range(0, len(usable), size)]
@@ -216,12 +235,17 @@ class OnlineTrainer(RRHFTrainer):
                 prompt = answered[0].prompt
                 first = self._batch([answers.group() for answers in parts[0]] if parts else [], prompt)
                 self._prove_engine(model, self._prepare_input(first))
-            if not isinstance(model, PeftModel):
+            if not isinstance(model, PeftModel) and self.reference != "sampling":
                 return
             for part in parts:
                 batch = self._prepare_input(self._batch([answers.group() for answers in part], part[0].prompt))
                 with self.compute_loss_context_manager():
                     policy = self.engine.log_probs(model, batch)
+                    sums = iter(policy.sum.tolist())
+                    for answers in part:
+                        answers.log_probs = [next(sums) for _ in answers.response_ids]
+                    if not isinstance(model, PeftModel):
+                        continue
                     reference = adapter_off_log_probs(self.engine, model, batch)
                 ratios = iter((policy.sum.double() - reference.sum.double()).tolist())
                 for answers in part:
@@ -349,6 +373,7 @@ class Answers:
         sampled: whether the policy wrote it now.
         kl: log-ratio to the adapter-off policy in nats, as penalised; None where it was not computed.
         scores: what is trained on: rewards, less the penalty.
+        log_probs: log P of each response as a whole by the policy that sampled, in nats; empty where not computed.
         left_out: responses that are not among these, each with its source and why.
     """
 
@@ -363,6 +388,7 @@ class Answers:
     left_out: list[dict[str, Any]]
     kl: list[float | None] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
 
     def penalise(self, log_ratios: Sequence[float], coefficient: float, reduction: Literal["sum", "mean"]) -> None:
         """Set score_i = reward_i - coefficient * KL_i.
@@ -410,6 +436,7 @@ def answers_of(
     encoder: Encoder,
     *,
     max_tokens: int,
+    repeats: bool = False,
 ) -> Answers:
     """Keep the responses that have a text and a reward, each once.
 
@@ -423,6 +450,7 @@ def answers_of(
         rewards: of the provided responses and the candidates, in this order.
         encoder: tokenizer and template of the policy.
         max_tokens: longest prompt with response; a longer response loses its end.
+        repeats: keep a response as often as it was sampled, as expectations under the policy count it.
     """
     texts = [*prompt.responses, *(candidate.text for candidate in candidates)]
     sources = [*prompt.sources, *[own_source] * len(candidates)]
@@ -444,6 +472,8 @@ def answers_of(
     group = group.choose(scored)
     (encoded,) = encoder.responses([group], encoder.prompt_texts([group]))
     kept = without_duplicates(group, encoded, max_tokens - len(prompt.prompt_ids), Counts())
+    if repeats:
+        kept = [item for item in kept for _ in item.scores]
     stay = [scored[item.index] for item in kept]
 
     rewards_kept = [item.score for item in kept]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rrhf_peft.logprobs import LogProbEngine
-from rrhf_peft.objectives import NEEDS_REFERENCE, TAKES_REFERENCE
+from rrhf_peft.objectives import NEEDS_REFERENCE, ONLINE_ONLY, TAKES_REFERENCE
 from rrhf_peft.recipe import takes_from_base
 from rrhf_peft.records import ResponseLogProbs, TokenizedGroup, UserError
 
@@ -67,15 +67,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def resolve_reference(
-    objective: str, choice: Literal["none", "auto", "adapter_off", "cached"] | None, model: nn.Module
-) -> Literal["adapter_off", "cached"] | None:
+    objective: str,
+    choice: Literal["none", "auto", "adapter_off", "cached"] | None,
+    model: nn.Module,
+    online: bool = False,
+) -> Literal["adapter_off", "cached", "sampling"] | None:
     """Where the reference of a run comes from; None where its objective compares with none.
 
-    Call it before training, while the model is the starting policy.
+    Call it before training, while the model is the starting policy. `online` says whether training samples responses.
 
     Raises:
-        UserError: the objective has no reference or needs one, or the adapter cannot be switched off.
+        UserError: the objective has no reference or needs one, the adapter cannot be switched off, or the objective
+            needs online training.
     """
+    if objective in ONLINE_ONLY:
+        if not online:
+            raise UserError(
+                f"objective.name: {objective} learns from responses that the policy samples while it is trained. "
+                "Train with a section online, or take another objective."
+            )
+        if choice is not None:
+            raise UserError(
+                f"objective.reference: {objective} compares with the policy that sampled the responses. Remove the key."
+            )
+        return "sampling"
     if choice is None:
         choice = "auto" if objective in NEEDS_REFERENCE else "none"
     if choice == "none":

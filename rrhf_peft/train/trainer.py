@@ -69,6 +69,7 @@ class RRHFTrainer(Trainer):
     """
 
     args: RRHFConfig
+    online = False
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class RRHFTrainer(Trainer):
         self.objective_options = dict(args.objective_options)
         train = _tokenised(train_dataset, processing_class, args) if train_dataset is not None else None
         held_out = _tokenised(eval_dataset, processing_class, args) if eval_dataset is not None else None
-        self.reference = resolve_reference(args.objective, args.reference, model)
+        self.reference = resolve_reference(args.objective, args.reference, model, self.online)
         splits = {"train": train, "eval": held_out}
         self.reference_cache = ReferenceCache(
             {name: groups for name, groups in splits.items() if groups is not None and self.reference == "cached"}

@@ -9,7 +9,7 @@ import torch
 from objectives.random_groups import as_lists, random_log_probs, reference_of
 from oracles import siblings
 
-from rrhf_peft.objectives import NEEDS_PAIRS, NEEDS_REFERENCE, OBJECTIVES, TAKES_REFERENCE
+from rrhf_peft.objectives import NEEDS_PAIRS, NEEDS_REFERENCE, OBJECTIVES, ONLINE_ONLY, TAKES_REFERENCE
 from rrhf_peft.records import ResponseLogProbs
 
 #: (objective, options, whether it is given a reference)
@@ -75,8 +75,8 @@ def oracle(name, log_probs, scores, options, with_reference, seed=99):
 
 
 def test_every_sibling_has_cases():
-    assert {name for name, _, _ in CASES} == set(OBJECTIVES) - {"rrhf", "sft"}
-    assert {name for name, _, given in CASES if given} == TAKES_REFERENCE
+    assert {name for name, _, _ in CASES} == set(OBJECTIVES) - {"rrhf", "sft"} - ONLINE_ONLY
+    assert {name for name, _, given in CASES if given} == TAKES_REFERENCE - ONLINE_ONLY
     assert {name for name, _, given in CASES if not given}.isdisjoint(NEEDS_REFERENCE)
 
 
@@ -370,7 +370,8 @@ def test_registry():
     assert set(OBJECTIVES) >= NEEDS_PAIRS
     assert set(OBJECTIVES) - NEEDS_PAIRS == {"sft", "kto", "info_nca", "nca", "gvpo"}
     new = {"lipo_lambda", "info_nca", "nca", "mpo", "rpo", "gvpo", "qrpo"}
-    assert {"dpo", "ipo", "odpo", "kto"} | new == NEEDS_REFERENCE
+    assert {"rloo", "grpo"} == ONLINE_ONLY
+    assert {"dpo", "ipo", "odpo", "kto"} | new | ONLINE_ONLY == NEEDS_REFERENCE
     assert NEEDS_REFERENCE | {"hinge", "plackett_luce"} == TAKES_REFERENCE
     log_probs, scores = random_log_probs(1, [3])
     for name in NEEDS_REFERENCE:

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from rrhf_peft.objectives import NEEDS_REFERENCE, OBJECTIVES, TAKES_REFERENCE
+from rrhf_peft.objectives import NEEDS_REFERENCE, OBJECTIVES, ONLINE_ONLY, TAKES_REFERENCE
 from rrhf_peft.recipe import load_recipe, recipe_text
 from rrhf_peft.recipe.schema import OBJECTIVE_NAMES, ObjectiveSection
 from rrhf_peft.records import UserError
@@ -32,13 +32,23 @@ def test_fields_are_the_keyword_arguments(name: str, recipe_file: Path) -> None:
     section = SECTIONS[name]
     fields = {key: field.default for key, field in section.model_fields.items() if key not in ("name", "reference")}
     assert fields == arguments
-    assert ("reference" in section.model_fields) == (name in TAKES_REFERENCE)
-    if name in TAKES_REFERENCE:
+    assert ("reference" in section.model_fields) == (name in TAKES_REFERENCE - ONLINE_ONLY)
+    if "reference" in section.model_fields:
         assert section.model_fields["reference"].default == ("auto" if name in NEEDS_REFERENCE else "none")
     assert all(field.description for key, field in section.model_fields.items() if key != "name")
     assert "arXiv" in section.__doc__ or name in ("sft", "plackett_luce")
 
-    recipe = load_recipe(recipe_file, [f"objective.name={name}"])
+    overrides = [f"objective.name={name}"]
+    if name in ONLINE_ONLY:
+        with pytest.raises(UserError, match="add a section online"):
+            load_recipe(recipe_file, overrides)
+        scorer = "{name: rule, function: 'train.online_rules:letters'}"
+        overrides += ["online.every=1", f"online.scorer={scorer}", "training.save_strategy=epoch"]
+        overrides += ["online.decoding={strategy: top_p, k: 4, max_new_tokens: 8}"]
+        with pytest.raises(UserError, match=r"online\.keep_provided: .* set it to false"):
+            load_recipe(recipe_file, overrides)
+        overrides.append("online.keep_provided=false")
+    recipe = load_recipe(recipe_file, overrides)
     again = recipe_file.with_name("again.yaml")
     again.write_text(recipe_text(recipe))
     assert load_recipe(again) == recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -16,6 +17,7 @@ from train.ranked_files import logged, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rrhf_peft.data import Encoder, read_groups
+from rrhf_peft.objectives import OBJECTIVES
 from rrhf_peft.sample.candidate import Candidate
 from rrhf_peft.train import online
 from rrhf_peft.train.online import answers_of
@@ -56,6 +58,54 @@ def test_the_reward_rises(tiny_model_folder, prompts, tmp_path, every, epochs):
     assert [line["step"] for line in logged(run)] == list(range(1, 3 * epochs + 1))
     found = [row["meta"]["prompt_index"] for step in steps for row in rows(run, step)]
     assert sorted(found) == sorted(list(range(len(PROMPTS))) * epochs)
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_policy_gradients_raise_the_reward(tiny_model_folder, prompts, tmp_path, monkeypatch, name):
+    """Two steps on each draw: in the first the policy is the one that sampled, in the second it has moved."""
+    ratios, objective = [], OBJECTIVES[name]
+
+    @functools.wraps(objective)
+    def spy(log_probs, scores, *, reference, **options):
+        is_stand_in = not reference.sum.any()  # where no group had responses of different scores
+        ratios.append([0.0] if is_stand_in else (log_probs.sum.detach() - reference.sum).tolist())
+        assert not reference.sum.requires_grad
+        return objective(log_probs, scores, reference=reference, **options)
+
+    monkeypatch.setitem(OBJECTIVES, name, spy)
+    run = tmp_path / "run"
+    recipe = online_recipe(
+        tiny_model_folder,
+        prompts,
+        run,
+        online={"every": 2, "keep_provided": False},
+        objective={"name": name},
+        training={"num_train_epochs": 12},
+    )
+    train_recipe(recipe)
+    seen = refreshes(run)
+    rewards = [line["rewards/mean"] for line in seen]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.1
+    first = [line["step"] for line in seen]
+    for step, one in enumerate(ratios):
+        assert step not in first or max(map(abs, one)) < 1e-4
+    assert any(max(map(abs, one)) > 0.01 for step, one in enumerate(ratios) if step not in first)
+    clipped = [line["clip_ratio"] for line in logged(run) if "clip_ratio" in line]  # not of steps of stand-ins
+    assert 0 < max(clipped) <= 1
+    assert min(clipped) == 0
+
+
+def test_policy_gradients_count_a_response_as_often_as_it_was_sampled(tiny_model_folder, prompts, tmp_path):
+    run = tmp_path / "run"
+    settings = {"every": 3, "keep_provided": False, "decoding": {"strategy": "top_p", "k": 6, "max_new_tokens": 1}}
+    objective = {"name": "rloo"}
+    recipe = online_recipe(
+        tiny_model_folder, prompts, run, online=settings, objective=objective, training={"max_steps": 1}
+    )
+    train_recipe(recipe)
+    answered = rows(run, 0)
+    assert any(len(set(row["responses"])) < len(row["responses"]) for row in answered)
+    assert all(len(row["responses"]) + len(row["left_out"]) == 6 for row in answered)
 
 
 def plain_log_prob(model, prompt, response):
