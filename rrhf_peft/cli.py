@@ -248,7 +248,7 @@ def inspect(
     from rrhf_peft.data import plot_scores, ranked_statistics, render_example
     from rrhf_peft.modeling import tokenizer_of
     from rrhf_peft.records import UserError
-    from rrhf_peft.train.splits import read_splits, tokenize_splits
+    from rrhf_peft.train.run import read_splits, tokenize_splits
 
     recipe = _recipe_to_inspect(source, overrides or [], tokenizer)
     is_data = source.suffix not in (".yaml", ".yml")

@@ -1,20 +1,24 @@
-"""`RRHFConfig`: transformers.TrainingArguments plus what ranking needs, in TRL's manner.
+"""`RRHFConfig`: transformers.TrainingArguments plus what ranking needs, in TRL's manner; and a recipe as one.
 
-Defaults that differ from transformers' are the ones a LoRA run on ranked responses wants. Left to
-others: the YAML recipe (`rrhf_peft.recipe`), whose sections `training.run` unpacks into this.
+Defaults that differ from transformers' are the ones a LoRA run on ranked responses wants.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
 
+from rrhf_peft.jobs import not_all_came
 from rrhf_peft.objectives import OBJECTIVES
+from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.messages import did_you_mean
 from rrhf_peft.recipe.schema import OBJECTIVE_NAMES, ObjectiveSection
 from rrhf_peft.records import UserError
@@ -72,6 +76,84 @@ class RRHFConfig(TrainingArguments):
             # Without a launcher transformers would wrap the model in DataParallel, which cuts a
             # GroupBatch along its flat token dimension. One process drives one GPU.
             self._n_gpu = 1
+
+
+def training_config(recipe: Recipe) -> RRHFConfig:
+    """The recipe's training, objective, engine and data sections as `RRHFConfig`, tried on a model of four weights.
+
+    Raises:
+        UserError: a value that transformers, the optimizer or the scheduler refuses.
+    """
+    fields: dict[str, Any] = recipe.training.model_dump(exclude_none=True)  # type: ignore[attr-defined]
+    wanted = fields.get("report_to") or []
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
+            raise UserError(f"training.report_to: {name} is not installed. Run: pip install 'rrhf-peft[{name}]'.")
+    try:
+        args = _config(recipe, fields)
+    except UserError:
+        raise
+    except torch.distributed.DistError as error:
+        raise not_all_came(error) from None
+    except Exception as error:  # whatever a library makes of a value
+        key = next((key for key in fields if _is_accepted(recipe, {**fields, key: None})), None)
+        start = (
+            f"training.{key}: transformers refuses {fields[key]!r}" if key else "training: transformers refuses these"
+        )
+        raise UserError(f"{start} ({_first_line(error)}). Change or remove it.") from error
+    _try_optimizer(args)
+    return args
+
+
+def _config(recipe: Recipe, fields: dict[str, Any]) -> RRHFConfig:
+    return RRHFConfig(
+        **{key: value for key, value in fields.items() if value is not None},
+        objective=recipe.objective.name,
+        objective_options=recipe.objective.model_dump(exclude={"name", "reference"}),
+        reference=getattr(recipe.objective, "reference", None),
+        layout=recipe.engine.layout,
+        chunk_tokens=recipe.engine.chunk_tokens,
+        template=recipe.data.template,
+        max_prompt_tokens=recipe.data.max_prompt_tokens,
+        max_tokens=recipe.data.max_tokens,
+        overlong_prompt=recipe.data.overlong_prompt,
+    )
+
+
+def _is_accepted(recipe: Recipe, fields: dict[str, Any]) -> bool:
+    with contextlib.suppress(Exception):
+        return _config(recipe, fields) is not None
+    return False
+
+
+def _try_optimizer(args: RRHFConfig) -> None:
+    """Build the optimizer and the schedule, and take no step; those that need the whole model are tried with it."""
+    if args.deepspeed is not None:
+        return  # its own file configures both
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(2, 2))  # type: ignore[arg-type]
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or "optimizer_dict" in options:
+            return
+        weights = options.pop("params", [nn.Parameter(torch.zeros(2, 2, device=args.device))])
+        optimizer = kind(weights, **options)
+    except Exception as error:
+        raise UserError(
+            f"training.optim: {getattr(args.optim, 'value', args.optim)} cannot be made with training.learning_rate, "
+            f"training.optim_args and the training.adam_* settings ({_first_line(error)}). Change them."
+        ) from error
+    try:
+        name, given, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs, 10
+        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)  # type: ignore[arg-type]
+    except Exception as error:
+        raise UserError(
+            f"training.lr_scheduler_type: {getattr(name, 'value', name)} cannot be made with "
+            f"training.lr_scheduler_kwargs {given or {}} ({_first_line(error)}). Change one of the two."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _check_objective(name: str, options: dict[str, Any]) -> None:

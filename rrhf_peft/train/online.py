@@ -10,35 +10,49 @@ step, prompt and candidate, so a run resumed from a checkpoint at such a step go
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object
 from peft import PeftModel
+from rich.table import Table
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 
-from rrhf_peft.data import Encoder, GroupCollator, stop_token_ids
+from rrhf_peft.data import TEMPLATES, Encoder, GroupCollator, prompt_text, stop_token_ids
 from rrhf_peft.data.tokenizing import Counts, why_dropped, without_duplicates
 from rrhf_peft.files import replace_text
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.records import PER_RESPONSE, GroupBatch, Mean, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
+from rrhf_peft.records import (
+    PER_RESPONSE,
+    GroupBatch,
+    Mean,
+    Message,
+    RankedGroup,
+    ResponseLogProbs,
+    TokenizedGroup,
+    UserError,
+)
 from rrhf_peft.sample.candidate import Candidate, Decoding
+from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.sample.transformers_policy import TokenBudget, respond
 from rrhf_peft.score.combine import combined
 from rrhf_peft.score.run import make_scorers
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.reference import adapter_off_log_probs, evaluating
-from rrhf_peft.train.splits import OnlinePrompt
 from rrhf_peft.train.trainer import MetricSums, RRHFTrainer
 
 logger = logging.getLogger(__name__)
@@ -318,6 +332,134 @@ def _refuse_checkpoints_between(args: RRHFConfig, every: int) -> None:
             f"online.every = {every} and at the end of an epoch. Set training.save_steps to a multiple of it, or "
             "training.save_strategy to epoch or no."
         )
+
+
+# ---- The prompts ----
+
+
+@dataclass(frozen=True, slots=True)
+class OnlinePrompt:
+    """One prompt to answer during training.
+
+    Attributes:
+        index: its row in the data as read; part of the names of its random streams.
+        prompt: text or chat messages, for the scorer.
+        prompt_ids: what the policy continues and is trained on.
+        responses: what the data holds for it; ranked with the new ones where that is asked for.
+        sources: who wrote each of these.
+        sampled_as: `PER_RESPONSE` name -> what is known of how each of these was sampled.
+    """
+
+    index: int
+    prompt: str | list[Message]
+    prompt_ids: Sequence[int]
+    responses: list[str]
+    sources: list[str]
+    sampled_as: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in PER_RESPONSE})
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What became of the prompts.
+
+    Attributes:
+        prompts_read: prompts in the data.
+        prompts_kept: prompts to train on.
+        prompts_truncated: prompts that lost their beginning.
+        provided_responses: responses that came with the prompts kept and are ranked with the new ones.
+        prompt_tokens: p10, p50, p90, p99 and max of the prompts' lengths in tokens, BOS included.
+        fingerprint: SHA-256 over all of them, in order.
+    """
+
+    prompts_read: int
+    prompts_kept: int
+    prompts_truncated: int
+    provided_responses: int
+    prompt_tokens: dict[str, int]
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Table:
+        table = Table(title="prompts for online training", show_header=False)
+        table.add_row("prompts", f"{self.prompts_kept:,} of {self.prompts_read:,}")
+        table.add_row("lost their beginning", f"{self.prompts_truncated:,}")
+        table.add_row("provided responses", f"{self.provided_responses:,}")
+        table.add_row("prompt tokens", "  ".join(f"{name} {value}" for name, value in self.prompt_tokens.items()))
+        return table
+
+
+def tokenize_prompts(
+    groups: Sequence[RankedGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_prompt_tokens: int,
+    overlong_prompt: str = "truncate",
+    keep_provided: bool = True,
+) -> tuple[list[OnlinePrompt], PromptReport]:
+    """Prompts as token ids, by the rules of `rrhf_peft.data.tokenizing`.
+
+    Args:
+        groups: prompts, with or without responses.
+        tokenizer: the policy's.
+        template: a name in `TEMPLATES`.
+        max_prompt_tokens: longest prompt, BOS included.
+        overlong_prompt: truncate cuts the beginning, drop leaves the prompt out, error stops.
+        keep_provided: keep the responses that came with the prompts.
+
+    Raises:
+        UserError: no prompt is left, one is too long under ``error``, or empty without a BOS token.
+    """
+    form = TEMPLATES[template]
+    texts = [prompt_text(group, tokenizer, template) for group in groups]
+    encoded = encode_prompts(tokenizer, texts, add_bos=not form.writes_bos)
+    overlong = {index for index, ids in enumerate(encoded) if len(ids) > max_prompt_tokens}
+    if overlong and overlong_prompt == "error":
+        index = min(overlong)
+        raise UserError(
+            f"data.train: prompt {index} (from 0) has {len(encoded[index])} tokens, and {max_prompt_tokens} leave room "
+            "for a response. Raise data.max_tokens, shorten the prompt, or set data.overlong_prompt to truncate or "
+            "drop."
+        )
+    cut = encode_prompts(tokenizer, texts, add_bos=not form.writes_bos, max_tokens=max_prompt_tokens)
+    kept = [
+        OnlinePrompt(
+            index,
+            group.prompt,
+            array("i", ids),
+            list(group.responses) if keep_provided else [],
+            list(group.sources) if keep_provided else [],
+            {name: list(getattr(group, name)) if keep_provided else [] for name in PER_RESPONSE},
+        )
+        for index, (group, ids) in enumerate(zip(groups, cut, strict=True))
+        if overlong_prompt == "truncate" or index not in overlong
+    ]
+    if not kept:
+        raise UserError(
+            f"data.train: all {len(groups)} prompts are longer than {max_prompt_tokens} tokens and were dropped. Raise "
+            "data.max_tokens, or set data.overlong_prompt: truncate."
+        )
+    lengths = np.percentile([len(item.prompt_ids) for item in kept], [10, 50, 90, 99, 100], method="inverted_cdf")
+    report = PromptReport(
+        prompts_read=len(groups),
+        prompts_kept=len(kept),
+        prompts_truncated=len(overlong) if overlong_prompt == "truncate" else 0,
+        provided_responses=sum(len(item.responses) for item in kept),
+        prompt_tokens=dict(zip(("p10", "p50", "p90", "p99", "max"), map(int, lengths), strict=True)),
+        fingerprint=_fingerprint(kept),
+    )
+    return kept, report
+
+
+def _fingerprint(prompts: Sequence[OnlinePrompt]) -> str:
+    digest = hashlib.sha256()
+    for item in prompts:
+        provided = [item.responses, item.sources, item.sampled_as]
+        digest.update(json.dumps([item.index, list(item.prompt_ids), *provided], default=list).encode())
+    return digest.hexdigest()
 
 
 # ---- Rewards: a scorer section as a function of candidates ----

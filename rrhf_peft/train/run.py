@@ -7,22 +7,28 @@ it replaces (`--overwrite`) comes back when the new one ends before its first ch
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, get_scheduler, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.console import terminal
-from rrhf_peft.data import DataReport
-from rrhf_peft.files import begun_folder, check_output, disk_trouble, read_mark
-from rrhf_peft.jobs import exclusive, launched_processes, not_all_came
+from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
+from rrhf_peft.files import begun_folder, check_output, disk_trouble, read_mark, replace_text, writing
+from rrhf_peft.jobs import exclusive, launched_processes
 from rrhf_peft.modeling import (
     attach_adapter,
     base_of,
@@ -33,11 +39,11 @@ from rrhf_peft.modeling import (
     uses_checkpointing,
     weights_fingerprint,
 )
+from rrhf_peft.objectives import NEEDS_PAIRS
+from rrhf_peft.progress import Advance
 from rrhf_peft.recipe import Recipe
-from rrhf_peft.records import UserError
-from rrhf_peft.train.callbacks import MetricsFile, TrainingProgress
-from rrhf_peft.train.config import RRHFConfig
-from rrhf_peft.train.model_card import write_model_card
+from rrhf_peft.records import RankedGroup, UserError
+from rrhf_peft.train.config import RRHFConfig, training_config
 from rrhf_peft.train.run_folder import (
     METRICS,
     RECIPE,
@@ -51,9 +57,12 @@ from rrhf_peft.train.run_folder import (
     recipe_changes,
     remove_unfinished,
     weights_damage,
+    write_model_card,
 )
-from rrhf_peft.train.splits import PromptReport, read_splits, tokenize_splits
 from rrhf_peft.train.trainer import RRHFTrainer
+
+if TYPE_CHECKING:
+    from rrhf_peft.train.online import PromptReport
 
 
 @dataclass(frozen=True)
@@ -146,80 +155,68 @@ def train_recipe(
     return TrainOutcome(folder, result.metrics, reports)
 
 
-# ---- What is refused before anything is written ----
+# ---- The data ----
 
 
-def training_config(recipe: Recipe) -> RRHFConfig:
-    """The recipe's training, objective, engine and data sections as `RRHFConfig`, tried on a model of four weights.
+def read_splits(recipe: Recipe) -> dict[str, list[RankedGroup]]:
+    """The groups of `train`, and of `eval` where the recipe names or holds out such data.
 
-    Raises:
-        UserError: a value that transformers, the optimizer or the scheduler refuses.
+    `training.seed` decides which groups `data.eval_size` holds out. Of an online recipe the groups of `train` may
+    have no responses.
     """
-    fields: dict[str, Any] = recipe.training.model_dump(exclude_none=True)  # type: ignore[attr-defined]
-    wanted = fields.get("report_to") or []
-    for name in [wanted] if isinstance(wanted, str) else wanted:
-        if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
-            raise UserError(f"training.report_to: {name} is not installed. Run: pip install 'rrhf-peft[{name}]'.")
-    try:
-        args = _config(recipe, fields)
-    except UserError:
-        raise
-    except torch.distributed.DistError as error:
-        raise not_all_came(error) from None
-    except Exception as error:  # whatever a library makes of a value
-        key = next((key for key in fields if _is_accepted(recipe, {**fields, key: None})), None)
-        start = (
-            f"training.{key}: transformers refuses {fields[key]!r}" if key else "training: transformers refuses these"
+    data, training = recipe.data, recipe.training
+    where: dict[str, Any] = {"format": data.format, "split": data.split, "max_groups": data.max_groups}
+    seed = TrainingArguments.seed if training.seed is None else training.seed  # type: ignore[attr-defined]
+    groups = {"train": read_groups(data.train, **where, needs="scores" if recipe.online is None else "prompt")}
+    if data.eval is not None:
+        groups["eval"] = read_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
+    elif data.eval_size is not None:
+        groups["train"], groups["eval"] = hold_out(groups["train"], data.eval_size, seed)
+        if recipe.online is not None and not any(group.responses for group in groups["eval"]):
+            raise UserError(
+                "data.eval_size: online training needs no responses in data.train, but held-out data does, and there "
+                "are none. Name ranked data in data.eval, or remove data.eval_size."
+            )
+    return groups
+
+
+def tokenize_splits(
+    recipe: Recipe, groups: dict[str, list[RankedGroup]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same splits as tokens, each with its report.
+
+    They are `TokenizedGroup` with a `DataReport`; of an online recipe, `train` is `OnlinePrompt` with a `PromptReport`.
+    """
+    data, online = recipe.data, recipe.online
+    splits: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
+    for name, split in groups.items():
+        if name == "train" and online is not None:
+            from rrhf_peft.train.online import tokenize_prompts  # opens all of sampling
+
+            splits[name], reports[name] = tokenize_prompts(
+                split,
+                tokenizer,
+                template=data.template,
+                max_prompt_tokens=data.max_prompt_tokens or data.max_tokens - online.decoding.max_new_tokens,
+                overlong_prompt=data.overlong_prompt,
+                keep_provided=online.keep_provided,
+            )
+            continue
+        splits[name], reports[name] = tokenize_groups(
+            split,
+            tokenizer,
+            template=data.template,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_tokens=data.max_tokens,
+            overlong_prompt=data.overlong_prompt,
+            needs_pairs=recipe.objective.name in NEEDS_PAIRS,
+            min_score_gap=getattr(recipe.objective, "min_score_gap", 0.0),
         )
-        raise UserError(f"{start} ({_first_line(error)}). Change or remove it.") from error
-    _try_optimizer(args)
-    return args
+    return splits, reports
 
 
-def _config(recipe: Recipe, fields: dict[str, Any]) -> RRHFConfig:
-    return RRHFConfig(
-        **{key: value for key, value in fields.items() if value is not None},
-        objective=recipe.objective.name,
-        objective_options=recipe.objective.model_dump(exclude={"name", "reference"}),
-        reference=getattr(recipe.objective, "reference", None),
-        layout=recipe.engine.layout,
-        chunk_tokens=recipe.engine.chunk_tokens,
-        template=recipe.data.template,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-        max_tokens=recipe.data.max_tokens,
-        overlong_prompt=recipe.data.overlong_prompt,
-    )
-
-
-def _is_accepted(recipe: Recipe, fields: dict[str, Any]) -> bool:
-    with contextlib.suppress(Exception):
-        return _config(recipe, fields) is not None
-    return False
-
-
-def _try_optimizer(args: RRHFConfig) -> None:
-    """Build the optimizer and the schedule, and take no step; those that need the whole model are tried with it."""
-    if args.deepspeed is not None:
-        return  # its own file configures both
-    try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(2, 2))  # type: ignore[arg-type]
-        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or "optimizer_dict" in options:
-            return
-        weights = options.pop("params", [nn.Parameter(torch.zeros(2, 2, device=args.device))])
-        optimizer = kind(weights, **options)
-    except Exception as error:
-        raise UserError(
-            f"training.optim: {getattr(args.optim, 'value', args.optim)} cannot be made with training.learning_rate, "
-            f"training.optim_args and the training.adam_* settings ({_first_line(error)}). Change them."
-        ) from error
-    try:
-        name, given, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs, 10
-        get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)  # type: ignore[arg-type]
-    except Exception as error:
-        raise UserError(
-            f"training.lr_scheduler_type: {getattr(name, 'value', name)} cannot be made with "
-            f"training.lr_scheduler_kwargs {given or {}} ({_first_line(error)}). Change one of the two."
-        ) from error
+# ---- What is refused before anything is written ----
 
 
 def _refuse_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -340,6 +337,8 @@ def _make_trainer(
         processing_class=tokenizer,
         callbacks=[MetricsFile(Path(str(args.output_dir)) / METRICS), *display],
     )
+    if display:
+        trainer.console = console
     return trainer, progress
 
 
@@ -417,6 +416,113 @@ def _some(changes: list[str]) -> str:
     return "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+# ---- What is told while it trains ----
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to `metrics.jsonl`: one object per line with step, epoch and the metrics.
+
+    Resuming drops the lines after the checkpoint and an earlier closing line, so the file reads as if nothing had
+    happened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start afresh, or keep what was logged up to the step resumed from."""
+        if not state.is_world_process_zero:
+            return
+        kept = [entry for entry in read_metrics(self.path) if _is_before(entry, state.global_step)]
+        replace_text(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept if state.global_step > 0))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line."""
+        if state.is_world_process_zero and logs:
+            entry = {"step": state.global_step, **logs}
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+class TrainingProgress(TrainerCallback):
+    """Steps, time left, loss, pair accuracy, groups/s and, online, the reward: a bar, or lines without a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or terminal(stderr=True)
+        self._advance: Advance | None = None
+        self._shown = 0
+        self._reward = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self._shown = state.global_step
+            self._advance = Advance(self.console, "training", state.max_steps, unit="steps", done=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar, unless the log that follows does."""
+        if not control.should_log:
+            self._show(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest numbers."""
+        if self._advance is None or not logs:
+            return
+        if "rewards/mean" in logs:
+            self._reward = f", reward {logs['rewards/mean']:.3f}"
+        if "eval_loss" in logs:
+            self._advance.note(f"step {state.global_step}: held out: {_numbers(logs, 'eval_')}")
+        elif "loss" in logs:
+            self._show(state, _numbers(logs, "") + self._reward)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Clear the bar."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Put the terminal right, also when training ended in an error."""
+        if self._advance is not None:
+            self._advance.stop()
+
+    def _show(self, state: TrainerState, text: str | None = None) -> None:
+        if self._advance is not None:
+            self._advance(state.global_step - self._shown, text=text)
+            self._shown = state.global_step
+
+
+def _is_before(entry: dict[str, Any], step: int) -> bool:
+    """Whether a line was logged before a checkpoint at this step; the refresh of online training comes after it."""
+    if "train_runtime" in entry:
+        return False
+    return entry["step"] < step if "refresh" in entry else entry["step"] <= step
+
+
+def _numbers(logs: dict[str, Any], prefix: str) -> str:
+    parts = [f"loss {logs[f'{prefix}loss']:.3f}"]
+    for metric in ("rewards/accuracies", "pair_accuracy"):  # an objective's own order of pairs before p_i's
+        if (accuracy := logs.get(f"{prefix}{metric}")) is not None:
+            parts.append(f"pairs {accuracy:.0%}")
+            break
+    if (rate := logs.get(f"{prefix}groups_per_second")) is not None:
+        parts.append(f"{rate:,.1f} groups/s" if rate < 100 else f"{rate:,.0f} groups/s")
+    return ", ".join(parts)

@@ -21,20 +21,27 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftConfig, get_peft_model
+from rich.console import Console
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import strtobool
 
 from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
 from rrhf_peft.files import replace_text
 from rrhf_peft.logprobs import Proof, install, prove
-from rrhf_peft.modeling import load_base_model, load_tokenizer, prepare_for_training
+from rrhf_peft.modeling import check_gradients, load_base_model, load_tokenizer, prepare_for_training
 from rrhf_peft.objectives import COUPLES_GROUPS, NEEDS_PAIRS, OBJECTIVES
 from rrhf_peft.records import GroupBatch, Mean, Metrics, RankedGroup, ResponseLogProbs, TokenizedGroup, UserError
-from rrhf_peft.train.callbacks import AtBegin, GradientCheck, TrainingProgress
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.reference import (
     FILE,
@@ -110,6 +117,7 @@ class RRHFTrainer(Trainer):
         self._began, self._seconds_before = time.monotonic(), 0.0
         self.write_card: Callable[[], None] | None = None  # set on the main process, where there is a run folder
         self.after_checkpoint: Callable[[], None] | None = None
+        self.console: Console | None = None  # of the progress display, where there is one
         super().__init__(
             model=model,
             args=args,
@@ -276,9 +284,8 @@ class RRHFTrainer(Trainer):
 
     def _say(self, line: str) -> None:
         """Tell the user, above the progress bar where there is one."""
-        displays = [item for item in self.callback_handler.callbacks if isinstance(item, TrainingProgress)]
         if self.is_world_process_zero():
-            displays[0].console.print(line, highlight=False) if displays else logger.info(line)
+            logger.info(line) if self.console is None else self.console.print(line, highlight=False)
 
     def _lost_anything(self) -> bool:
         """Whether any process has seen a loss other than 0, which has no gradient; collective."""
@@ -490,6 +497,43 @@ class RRHFTrainer(Trainer):
         if self.write_card is not None and self.is_world_process_zero():
             self.write_card()
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+# ---- What happens beside the loop ----
+
+
+class GradientCheck(TrainerCallback):
+    """Stops a run that would train nothing, at its first optimizer step that had a loss.
+
+    Args:
+        lost_anything: whether any process has seen a loss other than 0 yet; collective.
+        overflowed: whether this step will be skipped because fp16's loss was scaled too far; collective.
+    """
+
+    def __init__(self, lost_anything: Callable[[], bool], overflowed: Callable[[], bool]) -> None:
+        self._lost_anything, self._overflowed = lost_anything, overflowed
+        self._checked = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the gradients once; DeepSpeed keeps them to itself."""
+        if not self._checked and args.deepspeed is None and self._lost_anything() and not self._overflowed():
+            check_gradients(kwargs["model"])
+            self._checked = True
+
+
+class AtBegin(TrainerCallback):
+    """Calls a function when the model, the optimizer and the state of a run are there, before its first step."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Call it."""
+        self._function()
 
 
 # ---- Metrics ----

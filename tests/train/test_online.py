@@ -20,9 +20,8 @@ from rrhf_peft.data import Encoder, read_groups
 from rrhf_peft.objectives import OBJECTIVES
 from rrhf_peft.sample.candidate import Candidate
 from rrhf_peft.train import online
-from rrhf_peft.train.online import answers_of
+from rrhf_peft.train.online import OnlinePrompt, answers_of
 from rrhf_peft.train.run import train_recipe
-from rrhf_peft.train.splits import OnlinePrompt
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,10 @@ from train.ranked_files import small_recipe, write_groups
 from transformers import trainer as transformers_trainer
 
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.train import run
-from rrhf_peft.train.callbacks import GradientCheck
+from rrhf_peft.train import config
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.run import train_recipe, training_config
-from rrhf_peft.train.trainer import RRHFTrainer
+from rrhf_peft.train.trainer import GradientCheck, RRHFTrainer
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_a_launch_that_never_comes_together_is_no_wrong_setting(tiny_model_folde
         calls.append(arguments)
         raise torch.distributed.DistStoreError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined.")
 
-    monkeypatch.setattr(run, "_config", lonely)
+    monkeypatch.setattr(config, "_config", lonely)
     with pytest.raises(UserError, match=r"not all 2 processes .* have met .*1/2 clients joined"):
         training_config(small_recipe(tiny_model_folder, tmp_path / "x.jsonl", tmp_path / "run"))
     assert len(calls) == 1
