@@ -214,6 +214,81 @@ def score(
 
 @app.command()
 @verb
+def rank(
+    candidates: Annotated[
+        list[str],
+        typer.Argument(metavar="CANDIDATES...", help="What sampling wrote, or ranked data.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the ranking.")] = Path("runs/ranking"),
+    annotator: Annotated[
+        list[str] | None, typer.Option(help="A name for a link; give it once for each person.", show_default="me")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Compare two sources, or files by their name without suffix: win, tie, lose."),
+    ] = None,
+    shared: Annotated[int, typer.Option(min=0, help="So many groups are ranked by everyone, for agreement.")] = 30,
+    per_group: Annotated[int, typer.Option(min=1, help="People for each of the other groups.")] = 1,
+    guidelines: Annotated[Path | None, typer.Option(help="A Markdown file that the page's help shows.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0 is any free one.")] = 8642,
+    export: Annotated[bool, typer.Option("--export", help="Serve nothing: write the results so far.")] = False,
+    data_format: Annotated[str, typer.Option("--format", help="Format of the data.")] = "auto",
+    split: Annotated[str, typer.Option(help="Split to read from folders and hub ids.")] = "train",
+    max_groups: Annotated[int | None, typer.Option(min=1, help="Rank only the first this many groups.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let people rank candidates in a browser, blind and shuffled; their ranks train.
+
+    Every annotator has a link; the overview shows progress and agreement. Only
+    this machine is served. Interrupted or killed, the same command goes on with
+    the same links. At the end (Ctrl-C) the folder has a recipe for score, and
+    the ranks for Argilla and Label Studio.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft rank runs/candidates.jsonl --annotator ann --annotator bob
+      rrhf-peft rank base.jsonl trained.jsonl --compare trained base
+      rrhf-peft rank runs/candidates.jsonl --export
+    """
+    from rrhf_peft.rank.run import Ranking, rank_candidates
+
+    def ready(ranking: Ranking) -> None:
+        if as_json:
+            print_json({"output": str(output), "overview": ranking.overview, "annotators": ranking.links})
+        else:
+            left_out = f", {ranking.left_out} left out" if ranking.left_out else ""
+            say(f"{ranking.groups} groups to rank{left_out}. Answers are kept in {output}; Ctrl-C ends.")
+            say(f"Overview: {ranking.overview}")
+            for name, link in ranking.links.items():
+                say(f"{name}: {link}")
+        sys.stdout.flush()
+
+    ranking = rank_candidates(
+        candidates,
+        output,
+        annotators=annotator or [],
+        compare=compare,
+        shared=shared,
+        per_group=per_group,
+        guidelines=guidelines,
+        port=None if export else port,
+        on_ready=ready,
+        format=data_format,
+        split=split,
+        max_groups=max_groups,
+    )
+    if not export and as_json:
+        return
+    if as_json:
+        print_json({"output": str(output), "files": ranking.files, **ranking.figures})
+        return
+    say(f"Done: {', '.join(ranking.files)} in {output}")
+    if any(one["ranked"] for one in ranking.figures["annotators"]):
+        say(f"Next: rrhf-peft score {output / 'score.yaml'}")
+
+
+@app.command()
+@verb
 def inspect(
     source: Annotated[
         Path,

@@ -52,8 +52,7 @@ def read_candidates(
     groups = read_groups(where, format=format, split=split, max_groups=max_groups, needs="responses")
     if not any(group.responses for group in groups):
         raise UserError(
-            f"scoring.input: none of the {len(groups)} groups has a response to score. Name a file with prompts and "
-            "responses."
+            f"none of the {len(groups)} groups has a response to score or rank. Name a file with prompts and responses."
         )
     return [replace(group, columns=_columns(group)) for group in groups]
 

@@ -10,15 +10,17 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rrhf_peft.recipe.stages import CompositeScorer
 from rrhf_peft.records import LARGEST_SCORE, RankedGroup, UserError
 from rrhf_peft.score.candidates import GroupScores
+
+if TYPE_CHECKING:  # the ranking page, which computes shares too, need not wait for the recipe's imports
+    from rrhf_peft.recipe.stages import CompositeScorer
 
 #: Fewer scored responses than this compare nothing, and are nothing to train on.
 LEAST_RESPONSES = 2
@@ -91,7 +93,7 @@ def combined(raw: Sequence[Mapping[str, GroupScores]], scorer: Any) -> list[list
     Raises:
         UserError: a combined score is no number any more.
     """
-    if isinstance(scorer, CompositeScorer):
+    if scorer.name == "composite":
         scores = _composite(raw, scorer)
     else:
         scores = [labelled[scorer.name].scores for labelled in raw]

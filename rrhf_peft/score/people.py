@@ -79,18 +79,28 @@ def write_sheet(path: Path, groups: Sequence[tuple[str, Sequence[str]]], seed: i
             f"{path}: already exists and may hold answers. Name filled copies in scoring.scorer.annotations, or remove "
             "it to write it anew."
         )
-    key, rows = _key(groups, seed), []
+    key = _key(groups, seed)
     if key_path(path).exists() and not _is_text(key_path(path), key):
         raise UserError(
             f"{key_path(path)}: already exists, and it is not the key of this sheet, which would stand there. Name "
             "another scoring.scorer.sheet, or move that file away."
         )
-    for number, (prompt, responses) in enumerate(groups):
-        for position, index in enumerate(_shuffled(len(responses), seed, number)):
-            values = (_group_name(number), letter_label(position), prompt, responses[index], None)
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    rows = sheet_rows(groups, seed)
     replace_text(key_path(path), key)
     replace_text(path, _as_csv(rows) if path.suffix == ".csv" else _as_jsonl(rows))
+
+
+def sheet_rows(
+    groups: Sequence[tuple[str, Sequence[str]]], seed: int, ranks: Ranks | None = None
+) -> list[dict[str, Any]]:
+    """The rows of the sheet for (prompt, responses) groups, with one annotator's ranks where there are such."""
+    rows = []
+    for number, (prompt, responses) in enumerate(groups):
+        for position, index in enumerate(_shuffled(len(responses), seed, number)):
+            rank = (ranks or {}).get(number, {}).get(index)
+            values = (_group_name(number), letter_label(position), prompt, responses[index], rank)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
 
 
 def is_handed_out(path: Path, groups: Sequence[tuple[str, Sequence[str]]], seed: int) -> bool:

@@ -21,6 +21,7 @@ VERBS = [
     "convert",
     "sample",
     "score",
+    "rank",
     "inspect",
     "plan",
     "train",
@@ -72,7 +73,7 @@ def test_no_verb_shows_the_help_and_a_misspelt_one_its_neighbour(rrhf: Run) -> N
     assert "Usage: rrhf-peft" in rrhf().output
     result = rrhf("trian", "x.yaml")
     assert result.exit_code == 2
-    assert "No such command 'trian'. Did you mean 'train'?" in result.output
+    assert "No such command 'trian'. Did you mean 'train'" in result.output
 
 
 def test_version(rrhf: Run) -> None:

@@ -420,6 +420,35 @@ add("report: a file", "report letter.txt")
 add("report: a model", "report model")
 add("report: over a letter", "report run -o letter.txt")
 add("report: into a folder", "report run -o model")
+for path, content in {
+    "candidates.jsonl": b"",
+    "bytes.jsonl": bytes(range(256)),
+    "nothing.jsonl": b'{"prompt": "Hello"}\n',
+    "one.jsonl": b'{"prompt": "Hello", "responses": ["Hi"]}\n',
+    "nan.jsonl": b'{"prompt": "Hello", "responses": ["a", "b"], "scores": [NaN, 1]}\n',
+    "numbers.jsonl": b'{"prompt": "Hello", "responses": [1, 2]}\n',
+    "many.jsonl": json.dumps({"prompt": "Hello", "responses": ["a"] * 27}).encode(),
+    "nested.jsonl": b'{"prompt": ' + b"[" * 3000,
+}.items():
+    add(f"rank: {path}", f"rank {path} --port 0", written(path, content))
+for words in (
+    "", "nowhere.jsonl", "letter.txt", "model", "candidates.jsonl --compare nobody response-1",
+    "candidates.jsonl --compare response-1 response-1", "candidates.jsonl --compare response-1",
+    "candidates.jsonl --annotator ../x", "candidates.jsonl --annotator \x1b[31m", "candidates.jsonl --annotator=",
+    "candidates.jsonl --guidelines nowhere.md", "candidates.jsonl --guidelines model", "candidates.jsonl --export",
+    "candidates.jsonl --port 99999", "candidates.jsonl --shared -1", "candidates.jsonl --per-group 0",
+    "candidates.jsonl --max-groups 0", "candidates.jsonl --format nonsense", "candidates.jsonl -o letter.txt",
+    "candidates.jsonl -o letter.txt/x", "candidates.jsonl -o model", "candidates.jsonl -o .", "candidates.jsonl -o run",
+):  # fmt: skip
+    add(f"rank: {words or 'nothing'}", f"rank {words} --port 0" if "--port" not in words else f"rank {words}")
+add("rank: damaged answers", "rank candidates.jsonl -o kept --port 0", lambda folder: (
+    written("kept/.rrhf-peft.json", '{"made_by": "rrhf-peft", "verb": "rank", "writes": ["*"]}')(folder),
+    written("kept/answers.sqlite", "no database" * 100)(folder),
+))  # fmt: skip
+add("rank: answers to other groups", "rank candidates.jsonl -o kept --port 0", lambda folder: (
+    written("kept/.rrhf-peft.json", '{"made_by": "rrhf-peft", "verb": "rank", "writes": ["*"]}')(folder),
+    written("kept/groups.jsonl", row())(folder),
+))  # fmt: skip
 add("schema: over a letter", "schema -o letter.txt")
 add("schema: into a folder", "schema -o model")
 add("schema: below a file", "schema -o letter.txt/x.json")
@@ -434,7 +463,7 @@ add("no such verb", "trian recipe.yaml")
 def test_the_table_is_as_long_as_it_says() -> None:
     assert len(CASES) > 700
     verbs = {command.split()[0] for command, _ in CASES.values()}
-    assert verbs >= {*READS_RECIPE, "convert", "merge", "report", "schema", "demo"}
+    assert verbs >= {*READS_RECIPE, "convert", "merge", "report", "schema", "demo", "rank"}
 
 
 #: Every second case is for `-m slow`: the other half has some of every verb and kind.
