@@ -256,6 +256,11 @@ def read_mark(output: AnyPath) -> Mark | None:
     return mark if is_sound else None
 
 
+def is_empty_folder(path: AnyPath) -> bool:
+    """Whether a folder holds no file but what a kill leaves of this program's very first, its mark."""
+    return all(fnmatch.fnmatchcase(file, _SIBLINGS) for file in _files_in(Path(path)))
+
+
 def is_as_written(output: AnyPath, mark: Mark | None) -> bool:
     """Whether a file holds what the newest run that its mark tells of wrote."""
     path = Path(output)
@@ -329,8 +334,7 @@ def _why_not_ours_folder(path: Path) -> str | None:
     files = list(_files_in(path))
     mark = read_mark(path)
     if mark is None:
-        is_empty = all(fnmatch.fnmatchcase(file, _SIBLINGS) for file in files)  # killed before the mark was written
-        return None if is_empty else "has no mark of rrhf-peft (the first version left none)"
+        return None if is_empty_folder(path) else "has no mark of rrhf-peft (the first version left none)"
     for file in files:
         name = file.rpartition("/")[2]
         if name != MARK and not any(fnmatch.fnmatchcase(file, pattern) for pattern in mark.writes):
@@ -409,7 +413,7 @@ def check_output(
             sibling = _sibling(target, state)
             if os.path.lexists(sibling) and (why := _why_not_ours_folder(sibling)):
                 raise UserError(f"{sibling}: {why}, and stands where {target} is made. Move it away.")
-    if not target.exists() or (folder and not any(target.iterdir())):
+    if not target.exists() or (folder and is_empty_folder(target)):
         return
     if continues and not overwrite:
         return

@@ -162,8 +162,8 @@ def moments(verb: Verb, values: Any, folder: Path, copies: Path) -> list[Path]:
 
 
 def sampled(all_of_them: Sequence[Path], count: int) -> list[Path]:
-    """The last ones, where a run tidies up, and some between them, the same in every run."""
-    last, rest = list(all_of_them[-count // 2 :]), list(all_of_them[: -count // 2])
+    """The last ones, where a run tidies up, and others from the third on, where the first file is half written."""
+    last, rest = list(all_of_them[-count // 2 :]), list(all_of_them[2 : -count // 2])
     step = max(1, len(rest) // max(1, count - len(last)))
     return rest[::step] + last
 

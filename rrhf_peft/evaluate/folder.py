@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rrhf_peft.evaluate.statistics import Interval
-from rrhf_peft.files import REPORT, BegunFolder, begun_folder, check_output, read_mark, replace_text
+from rrhf_peft.files import REPORT, BegunFolder, begun_folder, check_output, is_empty_folder, read_mark, replace_text
 from rrhf_peft.records import UserError
 
 EVALUATION, TABLE, RECIPE, PLOTS, MADE_WITH = "evaluation.json", "table.md", "recipe.yaml", "plots", "made_with.json"
@@ -68,7 +68,8 @@ class OutputFolder:
         check_output(
             self.path, key="evaluation.output", folder=True, reads=reads, overwrite=overwrite, continues=not overwrite
         )
-        if self.path.is_dir() and read_mark(self.path) is None and any(self.path.iterdir()) and not record.is_file():
+        is_empty = not self.path.is_dir() or is_empty_folder(self.path)
+        if not is_empty and read_mark(self.path) is None and not record.is_file():
             raise UserError(f"{self.path}: evaluation.output holds other files. Choose another folder, or empty it.")
         made = {} if overwrite else self._recorded()
         for file, wanted in settings.items():

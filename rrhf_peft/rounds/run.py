@@ -31,6 +31,7 @@ from rrhf_peft.files import (
     begun_folder,
     check_output,
     digest_of,
+    is_empty_folder,
     read_mark,
     replace_text,
     retired_folder,
@@ -194,7 +195,7 @@ def open_rounds(output: Path, recipe: Recipe, *, overwrite: bool) -> Iterator[Be
         UserError: the recipe or the data changed, or the folder holds something else.
     """
     inputs = _inputs(recipe)
-    is_held = output.is_dir() and any(output.iterdir())
+    is_held = output.is_dir() and not is_empty_folder(output)
     if is_held and read_mark(output) is None and not _is_of_rounds(output):
         raise UserError(
             f"{output}: rounds.output holds files that are not of rounds (no {RECIPE} with a section rounds). Choose "

@@ -27,7 +27,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.console import terminal
 from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
-from rrhf_peft.files import begun_folder, check_output, disk_trouble, read_mark, replace_text, writing
+from rrhf_peft.files import begun_folder, check_output, disk_trouble, is_empty_folder, read_mark, replace_text, writing
 from rrhf_peft.jobs import exclusive, launched_processes
 from rrhf_peft.modeling import (
     attach_adapter,
@@ -234,8 +234,7 @@ def _refuse_folder(folder: Path, recipe: Recipe, *, resume: bool, overwrite: boo
     if overwrite or not folder.is_dir():
         return
     mark, is_run = read_mark(folder), (folder / RECIPE).is_file()
-    is_empty = not any(folder.iterdir())
-    if is_empty or (resume and mark is not None and not is_run):  # killed before its first line
+    if is_empty_folder(folder) or (resume and mark is not None and not is_run):  # killed before its first line
         return
     changes = recipe_changes(folder, recipe) if is_run else []
     is_same_and_whole = is_run and mark is not None and mark.state == "whole" and not changes

@@ -373,6 +373,13 @@ def test_an_occupied_folder_is_left_alone_unless_told(tiny_model_folder, ranked,
     with pytest.raises(UserError, match=r"holds notes\.txt, which rrhf-peft train did not write"):
         train_recipe(small_recipe(tiny_model_folder, ranked, again), overwrite=True)
     (again / "notes.txt").unlink()
+
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "..rrhf-peft.json.rrhf-peft.partial").write_text('{"made')  # killed while it wrote its very first file
+    train_recipe(small_recipe(tiny_model_folder, ranked, first), resume=True)
+    assert [path.name for path in first.glob("*.partial")] == []
+
     (again / "checkpoint-99").mkdir()
     (again / "checkpoint-99" / "stale").touch()
     (again / "report.html").touch()  # what `rrhf-peft report` leaves there
