@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench reproduce clean
+.PHONY: help setup demo test check format bench reproduce study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ bench: $(READY) ## Measure the engine against the plain step: queries/s and peak
 reproduce: $(READY) ## Run the RRHF paper's tables at small scale: MODEL= STORIES= SEEDS="0 1 2 3 4" BRIEF=1
 	@$(BIN)/python recipes/paper/reproduce.py $(if $(MODEL),--model '$(MODEL)') $(if $(STORIES),--stories '$(STORIES)') \
 	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BRIEF),--brief)
+
+study: $(READY) ## Compare all losses at matched KL: SENTIMENT= MODEL= STORIES= MINUTES= BRIEF=1
+	@$(BIN)/python recipes/study/study.py --sentiment '$(SENTIMENT)' $(if $(MODEL),--model '$(MODEL)') \
+	  $(if $(STORIES),--stories '$(STORIES)') $(if $(MINUTES),--minutes '$(MINUTES)') $(if $(BRIEF),--brief)
 
 clean: ## Remove the virtual environment and the caches, not the runs
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
