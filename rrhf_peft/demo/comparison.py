@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.evaluate.likelihood import mean_log_probs, perplexity
+from rrhf_peft.evaluate.measure import mean_log_probs, perplexity
 from rrhf_peft.evaluate.statistics import Interval, distinct_n, mean_reward, mean_words, pair_accuracy
 from rrhf_peft.files import replace_text
 from rrhf_peft.plotting import BASELINE, HUES, WIDE, figure_bytes, new_figure, running_mean, styled

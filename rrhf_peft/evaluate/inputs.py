@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
-from rrhf_peft.evaluate.folder import EVALUATION, OutputFolder
+from rrhf_peft.evaluate.folder import RECIPE, file_name
+from rrhf_peft.evaluate.numbers import EVALUATION
 from rrhf_peft.modeling import load_config, resolve_source, tokenizer_of, weights_fingerprint
 from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, load_recipe, make_recipe
 from rrhf_peft.recipe.stages import JudgeScorer, PolicyScorer, PolicySection, RewardModelScorer, RuleScorer
@@ -25,6 +26,7 @@ from rrhf_peft.sample.policies import Stage, check_adapters, make_stages
 from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.score.rule import load_rule
 from rrhf_peft.score.run import files_of_scorer
+from rrhf_peft.train.run_folder import METRICS, read_metrics
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,10 @@ def training_of(folder: str | None) -> dict[str, Any] | None:
     Also where its metrics are damaged: they are told beside an evaluation, which they need not end.
     """
     recipe = _run_recipe(folder)
-    metrics = Path(folder or "").expanduser() / "metrics.jsonl"
-    if recipe is None or not metrics.is_file():
+    if folder is None or recipe is None:
         return None
     try:
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").split("\n")[:-1]]
+        lines = read_metrics(Path(folder).expanduser() / METRICS)
         closing = next(line for line in reversed(lines) if "train_runtime" in line)
         peaks = [line["peak_memory_gib"] for line in lines if "peak_memory_gib" in line]
         return {
@@ -89,7 +90,7 @@ def training_of(folder: str | None) -> dict[str, Any] | None:
             "steps": int(closing["step"]),
             "objective": recipe.objective.name,
         }
-    except (OSError, ValueError, TypeError, KeyError, StopIteration, RecursionError):
+    except (UserError, ValueError, TypeError, StopIteration):
         return None
 
 
@@ -98,7 +99,7 @@ def _run_recipe(folder: str | None) -> Recipe | None:
         return None
     path = Path(folder).expanduser()
     homes = [path, path.resolve().parent] if re.fullmatch(r"checkpoint-\d+", path.resolve().name) else [path]
-    file = next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
+    file = next((home / RECIPE for home in homes if (home / RECIPE).is_file()), None)
     return None if file is None else load_recipe(file, needs=())
 
 
@@ -113,6 +114,7 @@ class Policy:
         max_tokens: prompt and reference (or labelled response) together.
         stop: strings that end an answer.
         differences: in words, where this is not how it was trained.
+        training: what its training took (`training_of`), or None.
     """
 
     stage: Stage
@@ -121,6 +123,7 @@ class Policy:
     max_tokens: int
     stop: list[str]
     differences: list[str]
+    training: dict[str, Any] | None
 
     @property
     def model(self) -> ModelSection:
@@ -154,7 +157,7 @@ class Plan:
         """Files, folders and hub ids that nothing may be written over."""
         section = self.section
         data = (section.prompts, section.references, section.pairs)
-        names = [name for part in data if part is not None for name in ([part] if isinstance(part, str) else part)]
+        names = [name for part in data if part is not None for name in _listed(part)]
         for policy in self.policies.values():
             names += [name for name in (policy.model.name, policy.stage.adapter) if name is not None]
         return names
@@ -174,7 +177,7 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     section = recipe.evaluation
     assert section is not None, "load_recipe(needs=['evaluation'])"
-    prompts = _read("prompts", section.prompts, lambda where: read_groups(where, **_reading(section), needs="prompt"))
+    prompts = _read("prompts", section.prompts, section, max_groups=section.max_prompts, needs="prompt")
     policies = _policies(recipe, section)
     _check_scorers(recipe, section)
     if section.perplexity is not None:
@@ -188,8 +191,9 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def sampling_recipe(plan: Plan, name: str, output: Path) -> Recipe:
     """What `rrhf-peft sample` would read to let one policy answer the prompts."""
-    policy, own = plan.policies[name], plan.recipe.model
-    model = policy.model if own is not None and policy.model.name == own.name else own
+    policy, model = plan.policies[name], plan.recipe.model
+    if model is not None and policy.model.name == model.name:
+        model = policy.model  # with its weights held as in training
     reads = {"template": policy.template, "stop": policy.stop, "max_prompt_tokens": policy.max_prompt_tokens}
     return _sampling_recipe(plan.recipe, name, model, str(output), **reads)
 
@@ -202,48 +206,61 @@ def scoring_recipe(plan: Plan, label: str, samples: Path, output: Path) -> Recip
         "scorer": plan.section.scorers[label].model_dump(),
         "seed": plan.section.seed,
     }
-    return make_recipe({**_model_values(plan.recipe), "scoring": scoring}, f"evaluation.scorers.{label}", needs=())
+    model = {} if plan.recipe.model is None else {"model": plan.recipe.model.model_dump()}
+    return make_recipe({**model, "scoring": scoring}, f"evaluation.scorers.{label}", needs=())
 
 
-def settings_of(plan: Plan, folder: OutputFolder) -> dict[str, Any]:
+def settings_of(plan: Plan) -> dict[str, Any]:
     """File relative to the output folder -> what it depends on, the files that it is made from apart."""
-    section, found = plan.section, {}
-
-    def add(stage: str, name: str, settings: Any, label: str | None = None) -> None:
-        file = folder.file(stage, name, label).relative_to(folder.path)
-        found[file.as_posix()] = json.loads(json.dumps(settings))
-
+    section, recipe = plan.section, plan.recipe
+    settings: dict[str, Any] = {}
     prompts = _digest([item.prompt for item in plan.prompts])
-    own_model = None if plan.recipe.model is None else plan.recipe.model.model_dump(mode="json")
-    files = {label: files_of_scorer(scorer, plan.recipe) for label, scorer in section.scorers.items()}
-    named = None if section.perplexity is None else section.perplexity.model
-    judge_model = plan.recipe.model if named is None else ModelSection(name=named)
-    judge_weights = None if judge_model is None else weights_fingerprint(judge_model.name, judge_model.revision)
+    base = None if recipe.model is None else recipe.model.model_dump(mode="json")
+    scorers = {label: _scorer_settings(scorer, recipe, base) for label, scorer in section.scorers.items()}
+    perplexity = None
+    if section.perplexity is not None:
+        model = recipe.model if section.perplexity.model is None else ModelSection(name=section.perplexity.model)
+        perplexity = {
+            "judge": section.perplexity.model or base,
+            "dtype": section.perplexity.dtype,
+            "weights_sha256": None if model is None else weights_fingerprint(model.name, model.revision),
+            "template": plan.judge_template,
+        }
     for name, evaluated in plan.policies.items():
         described = evaluated.stage.describe()
         policy = {"model": described["model"], "adapter": described["adapter"], "weights_sha256": described["files"]}
         reads = {"template": evaluated.template, "max_prompt_tokens": evaluated.max_prompt_tokens}
-        texts, limits = {**reads, "stop": evaluated.stop}, {**reads, "max_tokens": evaluated.max_tokens}
-        decoding = section.decoding.model_dump()
-        add("samples", name, {**policy, "decoding": decoding, **texts, "seed": section.seed, "prompts_sha256": prompts})
-        for label, scorer in section.scorers.items():
-            own = scorer.model_dump(mode="json", exclude=set(scorer.EFFORT))
-            reads_model = {"model": own_model} if '"name": "policy"' in json.dumps(own) else {}
-            digests = {f"{read}_sha256": digest for read, digest in files[label].items()}
-            add("scored", name, {"scorer": own, "seed": section.seed, **reads_model, **digests}, label)
-        if section.perplexity is not None:
-            judge = {"judge": section.perplexity.model or own_model, "dtype": section.perplexity.dtype}
-            add("perplexity", name, {**judge, "weights_sha256": judge_weights, "template": plan.judge_template})
-        for stage_name, groups in (("references", plan.references), ("pairs", plan.pairs)):
+        settings[file_name("samples", name)] = {
+            **policy,
+            "decoding": section.decoding.model_dump(),
+            **reads,
+            "stop": evaluated.stop,
+            "seed": section.seed,
+            "prompts_sha256": prompts,
+        }
+        for label, scorer in scorers.items():
+            settings[file_name("scored", name, label)] = {"seed": section.seed, **scorer}
+        if perplexity is not None:
+            settings[file_name("perplexity", name)] = perplexity
+        for stage, groups in (("references", plan.references), ("pairs", plan.pairs)):
             if groups:
-                digest = _digest([[own.prompt, own.responses, list(own.scores)] for own in groups])
-                add(stage_name, name, {**policy, **limits, f"{stage_name}_sha256": digest})
+                digest = _digest([[group.prompt, group.responses, list(group.scores)] for group in groups])
+                limits = {**reads, "max_tokens": evaluated.max_tokens}
+                settings[file_name(stage, name)] = {**policy, **limits, f"{stage}_sha256": digest}
         if section.wins is not None and isinstance(section.wins.by, JudgeScorer) and name != section.wins.against:
             by = section.wins.by.model_dump(mode="json", exclude=set(JudgeScorer.EFFORT))
-            add("wins", name, {"against": section.wins.against, "by": by})
-    found[EVALUATION] = json.loads(section.model_dump_json(exclude={"batch_tokens", "output"}))
-    found[EVALUATION]["files_sha256"] = _digest(dict(found))
-    return found
+            settings[file_name("wins", name)] = {"against": section.wins.against, "by": by}
+    settings = json.loads(json.dumps(settings))
+    numbers = json.loads(section.model_dump_json(exclude={"batch_tokens", "output"}))
+    return {**settings, EVALUATION: {**numbers, "files_sha256": _digest(settings)}}
+
+
+def _scorer_settings(scorer: Any, recipe: Recipe, base: Any) -> dict[str, Any]:
+    """What rewards depend on: the scorer, the files that it reads, and the recipe's model where it takes that."""
+    dumped = scorer.model_dump(mode="json", exclude=set(scorer.EFFORT))
+    reads_model = {"model": base} if '"name": "policy"' in json.dumps(dumped) else {}
+    digests = {f"{read}_sha256": digest for read, digest in files_of_scorer(scorer, recipe).items()}
+    return {"scorer": dumped, **reads_model, **digests}
 
 
 @contextlib.contextmanager
@@ -255,15 +272,11 @@ def told_of(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def _read(key: str, where: str | list[str], read: Any) -> Any:
+def _read(key: str, source: str | list[str], section: EvaluationSection, **how: Any) -> list[RankedGroup]:
     try:
-        return read(where)
+        return read_groups(source, format=section.format, split=section.split, **how)
     except UserError as error:
         raise UserError(f"evaluation.{key}: {str(error).removeprefix('sampling.prompts: ')}") from None
-
-
-def _reading(section: EvaluationSection) -> dict[str, Any]:
-    return {"format": section.format, "split": section.split, "max_groups": section.max_prompts}
 
 
 def _policies(recipe: Recipe, section: EvaluationSection) -> dict[str, Policy]:
@@ -295,6 +308,7 @@ def _policies(recipe: Recipe, section: EvaluationSection) -> dict[str, Policy]:
             max_tokens=setting("max_tokens", 512),
             stop=list(setting("stop", ())),
             differences=[],
+            training=training_of(policy.adapter or policy.model),
         )
         policies[name] = chosen if run is None else replace(chosen, differences=_differences(run, chosen))
     return policies
@@ -322,7 +336,7 @@ def _model_as_trained(
     """
     if recipe.model is None or (policy.model is not None and policy.model != recipe.model.name):
         return recipe.model
-    held = {(own.quantization, own.double_quant) for own in ([run] if run is not None else runs)}
+    held = {(one.quantization, one.double_quant) for one in ([run] if run is not None else runs)}
     if len(held) != 1 or "quantization" in recipe.model.model_fields_set:
         return recipe.model
     quantization, double_quant = held.pop()
@@ -368,19 +382,12 @@ def _sampling_recipe(recipe: Recipe, name: str, model: ModelSection | None, outp
     return make_recipe({**values, "sampling": sampling}, f"evaluation.policies.{name}", needs=())
 
 
-def _model_values(recipe: Recipe) -> dict[str, Any]:
-    if recipe.model is None:
-        return {}
-    values: dict[str, Any] = {"model": recipe.model.model_dump()}
-    return values
-
-
 def _check_scorers(recipe: Recipe, section: EvaluationSection) -> None:
     """Read what can be read of every scorer without loading it."""
     parts = [
         (f"evaluation.scorers.{label}", part)
         for label, scorer in section.scorers.items()
-        for part in ([own.scorer for own in scorer.parts.values()] if scorer.name == "composite" else [scorer])
+        for part in ([one.scorer for one in scorer.parts.values()] if scorer.name == "composite" else [scorer])
     ]
     if section.wins is not None and isinstance(section.wins.by, JudgeScorer):
         parts.append(("evaluation.wins.by", section.wins.by))
@@ -442,9 +449,8 @@ def _references(section: EvaluationSection) -> list[RankedGroup]:
     """Each prompt with its best response."""
     if section.references is None:
         return []
-    found: list[RankedGroup] = []
-    reading: dict[str, Any] = {"format": section.format, "split": section.split}
-    for prompt in _read("references", section.references, lambda where: read_groups(where, **reading, needs="prompt")):
+    references: list[RankedGroup] = []
+    for prompt in _read("references", section.references, section, needs="prompt"):
         if not prompt.responses:
             raise UserError(
                 f"evaluation.references: prompt {prompt.index} has no answer. Name ranked data, or records with "
@@ -452,32 +458,29 @@ def _references(section: EvaluationSection) -> list[RankedGroup]:
             )
         scores = [0.0 if score is None else score for score in prompt.scores]
         best = max(range(len(scores)), key=scores.__getitem__)
-        found.append(_candidates(len(found), prompt.prompt, [prompt.responses[best]], [scores[best]]))
-    return found
+        references.append(_candidates(len(references), prompt.prompt, [prompt.responses[best]], [scores[best]]))
+    return references
 
 
 def _pairs(section: EvaluationSection) -> list[RankedGroup]:
     if section.pairs is None:
         return []
-
-    def read(places: str | list[str]) -> list[RankedGroup]:
-        reading: dict[str, Any] = {"format": section.format, "split": section.split}
-        return [
-            group
-            for place in ([places] if isinstance(places, str) else places)
-            for group in read_groups(place, **reading)
-        ]
-
-    groups = _read("pairs", section.pairs, read)
-    found = [_candidates(index, group.prompt, group.responses, group.scores) for index, group in enumerate(groups)]
-    if not any(len(set(own.scores)) > 1 for own in found):
+    groups = [group for source in _listed(section.pairs) for group in _read("pairs", source, section)]
+    pairs = [
+        _candidates(index, group.prompt, group.responses, group.known_scores) for index, group in enumerate(groups)
+    ]
+    if not any(len(set(group.scores)) > 1 for group in pairs):
         raise UserError("evaluation.pairs: no group has two different scores, so there is no order to compare with.")
-    return found
+    return pairs
 
 
 def _candidates(index: int, prompt: Any, responses: Sequence[str], scores: Sequence[float]) -> RankedGroup:
-    names = [f"response-{place}" for place in range(len(responses))]
+    names = [f"response-{number}" for number in range(len(responses))]
     return RankedGroup(prompt, list(responses), list(scores), names, index=index)
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths
 
 
 def _digest(values: Any) -> str:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.data import TEMPLATES, transcript
-from rrhf_peft.evaluate.folder import OutputFolder
+from rrhf_peft.data import TEMPLATES, continuation_ids, transcript
+from rrhf_peft.evaluate.folder import OutputFolder, file_name
 from rrhf_peft.evaluate.inputs import Plan
-from rrhf_peft.evaluate.likelihood import text_log_probs
 from rrhf_peft.jobs import Processes, ShardedOutput, fingerprint_of
 from rrhf_peft.modeling import attach_adapter, base_of, tokenizer_of
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.recipe.stages import JudgeScorer
-from rrhf_peft.records import RankedGroup
+from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
+from rrhf_peft.sample.prompts import encode_prompts
+from rrhf_peft.score.batches import TokenBudget
 from rrhf_peft.score.judge import Judge, parse_ranks, ranking_messages
 from rrhf_peft.score.policy import PolicyScores
 
@@ -34,7 +38,7 @@ def policy_log_probs(plan: Plan, folder: OutputFolder, name: str, processes: Pro
         loaded[0].prove(groups)
 
         def work(items: Sequence[RankedGroup]) -> list[Row]:
-            return [{"log_probs": own} for own in loaded[0].log_probs(items)]
+            return [{"log_probs": group} for group in loaded[0].log_probs(items)]
 
         return work
 
@@ -44,7 +48,7 @@ def policy_log_probs(plan: Plan, folder: OutputFolder, name: str, processes: Pro
                 folder.file(stage, name),
                 groups,
                 lambda groups=groups: begin(groups),  # type: ignore[misc]
-                settings=folder.recorded(stage, name),
+                settings=folder.settings[file_name(stage, name)],
                 processes=processes,
                 console=console,
                 title=f"{stage} under {name}",
@@ -67,8 +71,8 @@ def judge_perplexity(plan: Plan, folder: OutputFolder, processes: Processes, con
         def work(rows: Sequence[Row]) -> list[Row]:
             texts = [form.response(text) for row in rows for text in row["responses"]]
             prompts = [form.prompt(row["prompt"], tokenizer) for row in rows for _ in row["responses"]]
-            found = iter(text_log_probs(model, tokenizer, prompts, texts, batch_tokens=section.batch_tokens))
-            return [{"log_probs": [next(found) for _ in row["responses"]]} for row in rows]
+            pairs = iter(text_log_probs(model, tokenizer, prompts, texts, batch_tokens=section.batch_tokens))
+            return [{"log_probs": [next(pairs) for _ in row["responses"]]} for row in rows]
 
         return work
 
@@ -77,7 +81,7 @@ def judge_perplexity(plan: Plan, folder: OutputFolder, processes: Processes, con
             folder.file("perplexity", name),
             folder.rows("samples", name),
             begin,
-            settings=folder.recorded("perplexity", name),
+            settings=folder.settings[file_name("perplexity", name)],
             processes=processes,
             console=console,
             title=f"perplexity of {name}",
@@ -97,8 +101,8 @@ def judge_wins(plan: Plan, folder: OutputFolder, processes: Processes, console: 
 
         def work(items: Sequence[tuple[Row, Row]]) -> list[Row]:
             comparisons = [
-                (transcript(own["prompt"]), list(zip(own["responses"], theirs["responses"])))  # noqa: B905 - as many as both have
-                for own, theirs in items
+                (transcript(row["prompt"]), list(zip(row["responses"], theirs["responses"])))  # noqa: B905 - as many as both have
+                for row, theirs in items
             ]
             return judge.compare(comparisons)
 
@@ -110,7 +114,7 @@ def judge_wins(plan: Plan, folder: OutputFolder, processes: Processes, console: 
                 folder.file("wins", name),
                 list(zip(folder.rows("samples", name), other, strict=True)),
                 begin,
-                settings=folder.recorded("wins", name),
+                settings=folder.settings[file_name("wins", name)],
                 processes=processes,
                 console=console,
                 title=f"judging {name} against {wins.against}",
@@ -138,8 +142,10 @@ def _judge_model(plan: Plan) -> tuple[Any, Any]:
     if judge.model is not None:
         model, tokenizer = _loaded(ModelSection(name=judge.model, dtype=judge.dtype))
     else:
-        own = plan.recipe.model
-        model, tokenizer = _loaded(own if judge.dtype == "auto" else own.model_copy(update={"dtype": judge.dtype}))
+        section = plan.recipe.model
+        model, tokenizer = _loaded(
+            section if judge.dtype == "auto" else section.model_copy(update={"dtype": judge.dtype})
+        )
     return model.eval(), tokenizer
 
 
@@ -194,6 +200,8 @@ def rows_of_all(
     shards.merge()
 
 
+# ---- A judge of pairs ----
+
 _LABELS = ("A", "B")
 
 
@@ -213,7 +221,7 @@ class PairJudge:
         Returns:
             For each group `verdicts`: 1 where the first response of a pair wins in both orders, -1 where the
             second does, 0 for a tie, which is also a verdict that changes with the order; None where judging
-            failed. `failures`: place of the pair, as text -> the reason.
+            failed. `failures`: index of the pair, as text -> the reason.
 
         Raises:
             UserError: nothing is answered, or the budget is spent.
@@ -224,9 +232,9 @@ class PairJudge:
         verdicts = iter(map(_verdict, answers[::2], answers[1::2]))
         rows = []
         for _, compared in groups:
-            own = [next(verdicts) for _ in compared]
-            failures = {str(place): verdict for place, verdict in enumerate(own) if isinstance(verdict, str)}
-            kept = [None if isinstance(verdict, str) else verdict for verdict in own]
+            answered = [next(verdicts) for _ in compared]
+            failures = {str(index): verdict for index, verdict in enumerate(answered) if isinstance(verdict, str)}
+            kept = [None if isinstance(verdict, str) else verdict for verdict in answered]
             rows.append({"verdicts": kept, "failures": failures})
         return rows
 
@@ -245,3 +253,118 @@ def _verdict(given: int | str, swapped: int | str) -> int | str:
         if isinstance(answer, str):
             return answer
     return given if given == -int(swapped) else 0
+
+
+# ---- How likely texts are ----
+# One padded row per response through the model's ordinary forward, so that any causal LM can judge.
+
+#: (prompt ids, response ids)
+_Pair = tuple[Sequence[int], Sequence[int]]
+#: Logits that the judge makes at a time, in numbers: 512 MiB of float32.
+_LOGITS_AT_ONCE = 2**27
+
+
+def perplexity(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    batch_tokens: int = 16384,
+) -> float:
+    """exp of the mean negative log-likelihood per token of `texts`, each after its prompt, under a judge.
+
+    Every token weighs the same, whichever text it stands in. Prompt tokens are conditioned on and not
+    counted; EOS is not counted, because another model's texts know nothing of the judge's.
+
+    Args:
+        model: The judge: any causal LM.
+        tokenizer: The judge's own tokenizer, with a BOS token if prompts may be empty.
+        prompts: One for each text.
+        texts: Texts to judge. Empty ones have no tokens and do not count.
+        batch_tokens: Padded tokens judged together.
+
+    Raises:
+        UserError: no text has a token, or one does not fit into the judge's context.
+    """
+    encoded = continuation_ids(tokenizer, prompts, texts)
+    pairs = [(prompt, ids) for prompt, ids in zip(encode_prompts(tokenizer, prompts), encoded, strict=True) if ids]
+    if not pairs:
+        raise UserError("perplexity: every text is empty, so there is nothing to judge.")
+    sums = _sums(model, pairs, batch_tokens)
+    return math.exp(-math.fsum(sums) / sum(len(ids) for _, ids in pairs))
+
+
+def mean_log_probs(model: Any, groups: Sequence[TokenizedGroup], *, batch_tokens: int = 16384) -> list[list[float]]:
+    """p_i of every response: its mean log-prob per token, EOS included, in nats (Eq. 1 of arXiv 2304.05302).
+
+    Raises:
+        UserError: a response does not fit into the model's context.
+    """
+    pairs = [(group.prompt_ids, ids) for group in groups for ids in group.response_ids]
+    means = iter([total / len(ids) for total, (_, ids) in zip(_sums(model, pairs, batch_tokens), pairs, strict=True)])
+    return [[next(means) for _ in group.response_ids] for group in groups]
+
+
+def text_log_probs(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    batch_tokens: int = 16384,
+) -> list[tuple[float, int]]:
+    """(log-prob in nats, tokens) of each text after its prompt, as `perplexity` sums them up; (0, 0) for an empty one.
+
+    What does not fit into the judge's context is cut: the prompt's beginning, then the text's end. The arguments are
+    those of `perplexity`.
+    """
+    context = _context(model)
+    pairs: list[_Pair] = []
+    for prompt, ids in zip(
+        encode_prompts(tokenizer, prompts), continuation_ids(tokenizer, prompts, texts), strict=True
+    ):
+        kept = ids if context is None else ids[: context - 1]
+        pairs.append((prompt if context is None else prompt[-(context - len(kept)) :], kept))
+    sums = iter(_sums(model, [pair for pair in pairs if pair[1]], batch_tokens))
+    return [(next(sums), len(ids)) if ids else (0.0, 0) for _, ids in pairs]
+
+
+def _context(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@torch.no_grad()
+def _sums(model: Any, pairs: Sequence[_Pair], batch_tokens: int) -> list[float]:
+    """Sum of log P(token | past) over each response, in nats; batches are smaller where the vocabulary is large."""
+    lengths = [len(prompt) + len(ids) for prompt, ids in pairs]
+    context = _context(model)
+    if context is not None and max(lengths, default=0) > context:
+        raise UserError(
+            f"a prompt with its response has {max(lengths)} tokens, and the judging model reads {context}. Shorten "
+            "the texts, or judge with a model of a longer context."
+        )
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    budget = TokenBudget(max(1, min(batch_tokens, _LOGITS_AT_ONCE // vocabulary)))
+    was_training = model.training
+    model.eval()
+    try:
+        return budget.map(lengths, lambda batch: _batch_sums(model, [pairs[index] for index in batch]))
+    finally:
+        model.train(was_training)
+
+
+def _batch_sums(model: Any, pairs: Sequence[_Pair]) -> list[float]:
+    """Padding is on the right, where nothing sees it."""
+    width = max(len(prompt) + len(ids) for prompt, ids in pairs)
+    rows = torch.zeros(len(pairs), width, dtype=torch.long)
+    real, counted = torch.zeros_like(rows), torch.zeros(len(pairs), width - 1)
+    for row, (prompt, ids) in enumerate(pairs):
+        length = len(prompt) + len(ids)
+        rows[row, :length] = torch.tensor([*prompt, *ids])
+        real[row, :length] = 1
+        counted[row, len(prompt) - 1 : length - 1] = 1  # the position before each response token predicts it
+    rows, real, counted = rows.to(model.device), real.to(model.device), counted.to(model.device)
+    logits = model(input_ids=rows, attention_mask=real, use_cache=False).logits[:, :-1].float()
+    chosen = logits.gather(-1, rows[:, 1:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    return (chosen * counted).sum(dim=-1, dtype=torch.float64).tolist()

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rrhf_peft.evaluate.folder import EvaluationFolder, WinRow, read_evaluation
+from rrhf_peft.evaluate.folder import PLOTS
+from rrhf_peft.evaluate.numbers import Evaluation, WinRow
 from rrhf_peft.evaluate.statistics import Interval
 from rrhf_peft.files import replace_text
 from rrhf_peft.plotting import (
@@ -40,8 +41,8 @@ class Plot(NamedTuple):
     description: str
 
 
-def write_plots(folder: Path) -> list[Path]:
-    """Draw an evaluation folder's plots into its folder `plots`, each as PNG and as SVG.
+def write_plots(evaluation: Evaluation) -> list[Path]:
+    """Draw an evaluation's plots into the folder `plots` of its folder, each as PNG and as SVG.
 
     Plots of an earlier evaluation that this one has no numbers for are removed.
 
@@ -49,42 +50,42 @@ def write_plots(folder: Path) -> list[Path]:
         The files written.
 
     Raises:
-        UserError: matplotlib is not installed, evaluation.json or a scored file is missing or damaged, or the
-            files cannot be written.
+        UserError: matplotlib is not installed, a scored file is damaged, or the files cannot be written.
     """
     written = []
-    for plot in evaluation_plots(read_evaluation(folder)):
+    for plot in evaluation_plots(evaluation):
         for kind in _KINDS:
-            path = folder / "plots" / f"{plot.name}.{kind}"
+            path = evaluation.folder / PLOTS / f"{plot.name}.{kind}"
             replace_text(path, figure_bytes(plot.figure, kind))
             written.append(path)
     for name in ("reward", "reward_perplexity", "best_of_n", "reward_histogram", "wins"):
-        for path in (folder / "plots" / f"{name}.{kind}" for kind in _KINDS):
+        for path in (evaluation.folder / PLOTS / f"{name}.{kind}" for kind in _KINDS):
             if path not in written:
                 path.unlink(missing_ok=True)
     return written
 
 
-def evaluation_plots(evaluation: EvaluationFolder, look: Mapping[str, Style] | None = None) -> Iterator[Plot]:
+def evaluation_plots(evaluation: Evaluation, look: Mapping[str, Style] | None = None) -> Iterator[Plot]:
     """The plots for which the folder holds numbers, by the headline scorer, one after the other.
 
     Raises:
         UserError: matplotlib is not installed, or a scored file is damaged.
     """
-    names, label = list(evaluation.policies), evaluation.headline
+    numbers = evaluation.numbers
+    names, label = list(numbers.policies), numbers.headline
     look = look or styles(names, baseline=names[0])
     rewards = evaluation.rewards(label) if label is not None else {}
     if label is not None and rewards:
         said = "; ".join(f"{name}: {interval.mean:.2f}" for name, interval in rewards.items())
         yield Plot("reward", reward_figure(rewards, look, label=label), f"Mean reward by {label}. {said}.")
-    if evaluation.wins:
-        yield Plot("wins", wins_figure(evaluation.wins), f"Win, tie and lose. {_wins_said(evaluation.wins)}.")
+    if wins := [row for row in numbers.wins if any(row.shares)]:
+        yield Plot("wins", wins_figure(wins), f"Win, tie and lose. {_wins_said(wins)}.")
     if label is None:
         return
     plane = {
-        name: (numbers.perplexity, rewards[name].mean)
-        for name, numbers in evaluation.policies.items()
-        if name in rewards and numbers.perplexity is not None and 0 < numbers.perplexity < math.inf
+        name: (policy.perplexity, rewards[name].mean)
+        for name, policy in numbers.policies.items()
+        if name in rewards and policy.perplexity is not None and 0 < policy.perplexity < math.inf
     }
     if plane:
         said = "; ".join(f"{name}: perplexity {x:.2f}, reward {y:.2f}" for name, (x, y) in plane.items())
@@ -105,9 +106,9 @@ def evaluation_plots(evaluation: EvaluationFolder, look: Mapping[str, Style] | N
 def _wins_said(rows: Sequence[WinRow]) -> str:
     said = []
     for row in rows:
-        total = row.win + row.tie + row.lose
-        parts = ((row.win, "won"), (row.tie, "tied"), (row.lose, "lost"))
-        shares = ", ".join(f"{value / total:.0%} {word}" for value, word in parts)
+        shares = ", ".join(
+            f"{share:.0%} {word}" for share, word in zip(row.shares, ("won", "tied", "lost"), strict=True)
+        )
         said.append(f"{row.policy} against {row.against} by {row.by}: {shares}")
     return "; ".join(said)
 
@@ -222,10 +223,9 @@ def wins_figure(rows: Sequence[WinRow]) -> Any:
     figure = new_figure(WIDTH, 1.5 + 0.4 * len(rows))
     axes = figure.subplots()
     axes.grid(visible=False)
-    totals = np.array([row.win + row.tie + row.lose for row in rows])
     left = np.zeros(len(rows))
-    for key, color, ink in (("win", _WIN, "white"), ("tie", _TIE, "black"), ("lose", _LOSE, "white")):
-        percent = 100 * np.array([getattr(row, key) for row in rows]) / totals
+    parts = (("win", _WIN, "white"), ("tie", _TIE, "black"), ("lose", _LOSE, "white"))
+    for (key, color, ink), percent in zip(parts, 100 * np.array([row.shares for row in rows]).T, strict=True):
         bars = axes.barh(range(len(rows)), percent, left=left, color=color, height=0.62, label=key)
         axes.bar_label(
             bars, [f"{one:.0f}" if one >= 6 else "" for one in percent], label_type="center", color=ink, fontsize=9

@@ -13,59 +13,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console, ConsoleOptions
+from rich.console import Console
 
-from rrhf_peft.evaluate.folder import EVALUATION, RECIPE, TABLE, OutputFolder, read_numbers
+from rrhf_peft.evaluate.folder import RECIPE, TABLE, OutputFolder
 from rrhf_peft.evaluate.inputs import Plan, make_plan, sampling_recipe, scoring_recipe, settings_of, told_of
 from rrhf_peft.evaluate.measure import judge_perplexity, judge_wins, policy_log_probs
-from rrhf_peft.evaluate.summary import make_figures
-from rrhf_peft.evaluate.table import markdown_table, terminal_tables
+from rrhf_peft.evaluate.numbers import EVALUATION, Evaluation, make_numbers, read_evaluation
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import exclusive, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, recipe_text
-from rrhf_peft.recipe.stages import JudgeScorer
+from rrhf_peft.recipe.scoring import JudgeScorer
 from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import score_recipe
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation.
-
-    Attributes:
-        folder: where it lies.
-        figures: the contents of `evaluation.json`.
-        was_finished: it was finished before this run, which had nothing to do.
-    """
-
-    folder: Path
-    figures: dict[str, Any]
-    was_finished: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of `evaluation.json`."""
-        return self.figures
-
-    def markdown(self) -> str:
-        """The table in the paper's form, one row for each policy."""
-        return markdown_table(self.figures)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        yield from terminal_tables(self.figures, options.max_width)
-
-
-def finished_evaluation(folder: str | Path, *, was_finished: bool = False) -> Evaluation:
-    """Read a finished evaluation back.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    return Evaluation(Path(folder), read_numbers(Path(folder)), was_finished)
 
 
 def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> Evaluation:
@@ -87,16 +47,16 @@ def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console
     with launched_processes() as processes, whole_models(), exclusive(output, processes), contextlib.ExitStack() as end:
         console = console if console is not None and processes.is_main else Console(quiet=True)
         plan = make_plan(recipe)
-        folder = OutputFolder(output)
+        folder = OutputFolder(output, settings_of(plan))
 
         def begin() -> bool:
-            is_finished = folder.open(settings_of(plan, folder), reads=plan.reads, overwrite=overwrite, end=end)
+            is_finished = folder.open(reads=plan.reads, overwrite=overwrite, end=end)
             if not is_finished:
                 replace_text(folder.path / RECIPE, recipe_text(recipe))
             return is_finished
 
         if processes.on_main(begin):
-            return finished_evaluation(folder.path, was_finished=True)
+            return read_evaluation(folder.path, was_finished=True)
         for number, name in enumerate(plan.policies, start=1):
             console.print(f"policy {name} ({number} of {len(plan.policies)})", highlight=False, style="bold")
             with told_of(f"evaluation.policies.{name}"):
@@ -110,7 +70,7 @@ def evaluate_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console
                 judge_wins(plan, folder, processes, console)
         processes.wait_for_all()
         processes.on_main(lambda: _finish(plan, folder))
-    return finished_evaluation(folder.path)
+    return read_evaluation(folder.path)
 
 
 def _answer(plan: Plan, folder: OutputFolder, name: str, console: Console) -> None:
@@ -126,11 +86,13 @@ def _answer(plan: Plan, folder: OutputFolder, name: str, console: Console) -> No
 
 def _finish(plan: Plan, folder: OutputFolder) -> None:
     """Numbers, plots and table from the files; the table last, which says that all is there."""
-    figures = make_figures(plan, folder)
+    numbers = make_numbers(plan, folder)
     (folder.path / TABLE).unlink(missing_ok=True)
-    replace_text(folder.path / EVALUATION, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(numbers.model_dump(), indent=2, ensure_ascii=False)
+    replace_text(folder.path / EVALUATION, text + "\n")
+    evaluation = read_evaluation(folder.path)
     if importlib.util.find_spec("matplotlib") is not None:
         from rrhf_peft.evaluate.plots import write_plots
 
-        write_plots(folder.path)
-    replace_text(folder.path / TABLE, markdown_table(figures))
+        write_plots(evaluation)
+    replace_text(folder.path / TABLE, evaluation.markdown())

@@ -1,6 +1,7 @@
 """The statistics of an evaluation: from rewards, preferences, verdicts and texts to numbers and their intervals.
 
-No model and no file: plain numbers in, plain numbers out.
+No model and no file: plain numbers in, plain numbers out. scipy, which takes a second to import, is imported where it
+is called.
 """
 
 from __future__ import annotations
@@ -8,23 +9,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import BeforeValidator
 
-#: Bounds the memory of the draws.
-_RESAMPLES_AT_ONCE = 256
+#: A JSON number, where null stands for one that is not finite.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval."""
+    """An estimate and its confidence interval; bounds that are not known are NaN."""
 
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number = math.nan
+    high: Number = math.nan
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return format(self)
+
+    def __format__(self, form: str) -> str:
+        """Mean and bounds in one form: 0.72 [0.68, 0.76]; the mean alone where a bound is not finite."""
+        mean, low, high = (format(value, form or ".2f") for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]" if math.isfinite(self.low) and math.isfinite(self.high) else mean
 
 
 def mean_reward(
@@ -42,16 +50,14 @@ def mean_reward(
         seed: Of the resampling.
     """
     assert len(rewards) > 0, "no prompts"
-    per_prompt = np.array([np.mean(own) for own in rewards], dtype=np.float64)
-    weights = np.ones(len(per_prompt))
-    low, high = bootstrap_means(per_prompt, weights, confidence=confidence, resamples=resamples, seed=seed)
-    return Interval(float(per_prompt.mean()), low, high)
+    per_prompt = np.array([np.mean(group) for group in rewards], dtype=np.float64)
+    return bootstrap_ratio(per_prompt, np.ones(len(per_prompt)), confidence=confidence, resamples=resamples, seed=seed)
 
 
-def bootstrap_means(
+def bootstrap_ratio(
     totals: np.ndarray, weights: np.ndarray, *, confidence: float, resamples: int, seed: int
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of sum(totals) / sum(weights), drawing the same units of both.
+) -> Interval:
+    """sum(totals) / sum(weights) with its percentile bootstrap interval, drawing the same units of both.
 
     Args:
         totals: [n], of each unit (prompt, group).
@@ -60,13 +66,27 @@ def bootstrap_means(
         resamples: how many.
         seed: of the draws.
     """
-    random, means = np.random.default_rng(seed), np.empty(resamples)
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        rows = min(_RESAMPLES_AT_ONCE, resamples - start)
-        draws = random.integers(len(totals), size=(rows, len(totals)))
-        means[start : start + rows] = totals[draws].sum(axis=1) / weights[draws].sum(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    from scipy.stats import bootstrap
+
+    mean = float(totals.sum() / weights.sum())
+    if len(totals) < 2:
+        return Interval(mean, mean, mean)  # every resample is the sample
+
+    def ratio(totals: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+        return totals.sum(axis) / weights.sum(axis)
+
+    bounds = bootstrap(
+        (totals, weights),
+        ratio,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=resamples,
+        batch=256,  # bounds the memory of the draws
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(bounds.low), float(bounds.high))
 
 
 def expected_best(rewards: Sequence[float], n: int) -> float:
@@ -81,7 +101,7 @@ def expected_best(rewards: Sequence[float], n: int) -> float:
     assert 1 <= n <= len(rewards), (n, len(rewards))
     ordered = sorted(rewards)
     subsets = math.comb(len(ordered), n)
-    return math.fsum(reward * (math.comb(place, n - 1) / subsets) for place, reward in enumerate(ordered))
+    return math.fsum(reward * (math.comb(index, n - 1) / subsets) for index, reward in enumerate(ordered))
 
 
 def pair_accuracy(preferences: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) -> float:
@@ -95,9 +115,9 @@ def pair_accuracy(preferences: Sequence[Sequence[float]], scores: Sequence[Seque
         scores: For each group, as many scores.
     """
     right = pairs = 0
-    for own_preferences, own_scores in zip(preferences, scores, strict=True):
-        own_right, own_pairs = _right_pairs(own_preferences, own_scores)
-        right, pairs = right + own_right, pairs + own_pairs
+    for group in zip(preferences, scores, strict=True):
+        more_right, more_pairs = _right_pairs(*group)
+        right, pairs = right + more_right, pairs + more_pairs
     return right / pairs if pairs else math.nan
 
 
@@ -109,11 +129,9 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
     Kendall, "The treatment of ties in ranking problems" (Biometrika 33, 1945). NaN where either list has a
     single value.
     """
-    x, y = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
-    upper = np.triu_indices(len(x), 1)
-    a, b = np.sign(x[:, None] - x[None, :])[upper], np.sign(y[:, None] - y[None, :])[upper]
-    scale = math.sqrt(float((a != 0).sum()) * float((b != 0).sum()))
-    return float((a * b).sum()) / scale if scale else math.nan
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(one, other).statistic)
 
 
 @dataclass(frozen=True)
@@ -153,16 +171,16 @@ def preference_figures(
         seed: of the resampling.
     """
     counted = [_right_pairs(p, r) for p, r in zip(preferences, scores, strict=True)]
-    ordered = [place for place, (_, pairs) in enumerate(counted) if pairs]
+    ordered = [index for index, (_, pairs) in enumerate(counted) if pairs]
     if not ordered:
         return None
-    right, pairs = (np.array([counted[place][part] for place in ordered], dtype=np.float64) for part in (0, 1))
-    low, high = bootstrap_means(right, pairs, confidence=confidence, resamples=resamples, seed=seed)
-    groups = [(preferences[place], scores[place]) for place in ordered]
+    right, pairs = np.array([counted[index] for index in ordered], dtype=np.float64).T
+    accuracy = bootstrap_ratio(right, pairs, confidence=confidence, resamples=resamples, seed=seed)
+    groups = [(preferences[index], scores[index]) for index in ordered]
     hits = [r[max(range(len(p)), key=p.__getitem__)] == max(r) for p, r in groups]
     taus = [0.0 if math.isnan(tau := kendall_tau(p, r)) else tau for p, r in groups]  # p all equal: no order at all
     return PreferenceFigures(
-        Interval(float(right.sum() / pairs.sum()), low, high),
+        accuracy,
         math.fsum(taus) / len(taus),
         sum(hits) / len(hits),
         int(pairs.sum()),
@@ -201,9 +219,18 @@ class WinShares:
     length_controlled_win_rate: float | None
 
 
-def reward_verdicts(own: Sequence[float], other: Sequence[float], margin: float = 0.0) -> list[int]:
-    """1 where response i is rewarded higher than the other policy's response i by more than `margin`, -1, or 0."""
-    return [0 if abs(mine - theirs) <= margin else (1 if mine > theirs else -1) for mine, theirs in zip(own, other)]  # noqa: B905 - as many as both have
+def reward_verdicts(
+    rewards: Sequence[float | None], others: Sequence[float | None], margin: float = 0.0
+) -> list[int | None]:
+    """1 where response i is rewarded higher than the other policy's response i by more than `margin`, -1, or 0.
+
+    None where one of the two has no reward; as many as both policies have responses.
+    """
+    apart = [
+        None if reward is None or other is None else reward - other
+        for reward, other in zip(rewards, others)  # noqa: B905 - as many as both have
+    ]
+    return [None if one is None else 0 if abs(one) <= margin else int(math.copysign(1, one)) for one in apart]
 
 
 def win_shares(verdicts: Sequence[Sequence[int]], length_differences: Sequence[Sequence[float]]) -> WinShares:
@@ -213,16 +240,17 @@ def win_shares(verdicts: Sequence[Sequence[int]], length_differences: Sequence[S
         verdicts: for each prompt, 1, 0 or -1 for each pair of responses; a prompt may have none.
         length_differences: for each of them, how much longer the policy's response is than the other's.
     """
-    found = [(own, longer) for own, longer in zip(verdicts, length_differences, strict=True) if own]
-    if not found:
+    compared = [(group, longer) for group, longer in zip(verdicts, length_differences, strict=True) if group]
+    if not compared:
         return WinShares(0.0, 0.0, 0.0, 0, None)
     win, tie, lose = (
-        math.fsum(sum(one == value for one in own) / len(own) for own, _ in found) / len(found) for value in (1, 0, -1)
+        math.fsum(sum(verdict == value for verdict in group) / len(group) for group, _ in compared) / len(compared)
+        for value in (1, 0, -1)
     )
-    outcome = np.array([(one + 1) / 2 for own, _ in found for one in own])
-    longer = np.array([one for _, own in found for one in own], dtype=np.float64)
-    weight = np.array([1 / len(own) for own, _ in found for _ in own])
-    return WinShares(win, tie, lose, len(found), length_controlled_win_rate(outcome, longer, weight))
+    outcome = np.array([(verdict + 1) / 2 for group, _ in compared for verdict in group])
+    longer = np.array([difference for _, lengths in compared for difference in lengths], dtype=np.float64)
+    weight = np.array([1 / len(group) for group, _ in compared for _ in group])
+    return WinShares(win, tie, lose, len(compared), length_controlled_win_rate(outcome, longer, weight))
 
 
 def length_controlled_win_rate(outcome: np.ndarray, longer: np.ndarray, weight: np.ndarray) -> float:
@@ -243,25 +271,17 @@ def length_controlled_win_rate(outcome: np.ndarray, longer: np.ndarray, weight: 
     spread = float(longer.std())
     if spread == 0 or mean in (0.0, 1.0):
         return mean  # no length to control for, or nothing that it could explain
+    from scipy.optimize import minimize
+
     x = np.stack([np.ones(len(longer)), np.tanh(longer / spread)], axis=1)
-    ridge = np.array([0.0, RIDGE * weight.sum()])
-    b = np.zeros(2)
+    weight, ridge = weight / weight.sum(), np.array([0.0, RIDGE])
 
-    def loss(at: np.ndarray) -> float:
-        z = x @ at
-        return float((weight * (np.logaddexp(0, z) - outcome * z)).sum() + (ridge * at**2).sum() / 2)
+    def loss(b: np.ndarray) -> tuple[float, np.ndarray]:
+        z = x @ b
+        value = (weight * (np.logaddexp(0, z) - outcome * z)).sum() + (ridge * b**2).sum() / 2
+        return value, x.T @ (weight * (1 / (1 + np.exp(-z)) - outcome)) + ridge * b
 
-    for _ in range(100):
-        p = 1 / (1 + np.exp(-(x @ b)))
-        gradient = x.T @ (weight * (p - outcome)) + ridge * b
-        hessian = (x * (weight * p * (1 - p))[:, None]).T @ x + np.diag(ridge)
-        step = np.linalg.solve(hessian + 1e-12 * np.eye(2), gradient)
-        size = 1.0  # Newton's step may jump past the minimum; half of it is tried then
-        while loss(b - size * step) > loss(b) and size > 1e-6:
-            size /= 2
-        b = b - size * step
-        if np.abs(size * step).max() < 1e-10:
-            break
+    b = minimize(loss, np.zeros(2), jac=True, method="BFGS", options={"gtol": 1e-9}).x
     return float(1 / (1 + np.exp(-b[0])))
 
 

@@ -1,52 +1,219 @@
-"""An evaluation's numbers as tables: one row for each policy, a column only where there is a number in it."""
+"""An evaluation's numbers as tables: one row for each policy, a column only where there is a number in it.
+
+`columns` is the one list of what tables show, for Markdown, the terminal and the report.
+"""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 
-#: Title, and policy -> what stands there.
-Column = tuple[str, Callable[[str], str | None]]
+from rrhf_peft.evaluate.statistics import Interval
+
+if TYPE_CHECKING:
+    from rrhf_peft.evaluate.numbers import Numbers, PolicyNumbers
+
 #: Characters between two columns, and of a title's line.
 _GAP, _TITLE = 3, 10
 
 
-def markdown_table(figures: Mapping[str, Any]) -> str:
+class Column(NamedTuple):
+    """A title, what it means where that does not say it, and policy -> cell for those that were measured."""
+
+    title: str
+    meaning: str
+    cells: dict[str, str]
+
+
+def columns(numbers: Numbers) -> tuple[list[Column], list[Column]]:
+    """What the policies are worth; more about their order and their texts."""
+    policies, headline = numbers.policies, numbers.headline
+    per_interval = f"{100 * numbers.settings['confidence']:g}% " if "confidence" in numbers.settings else ""
+
+    def column(
+        title: str, form: str, value: Callable[[PolicyNumbers], float | Interval | None], meaning: str = ""
+    ) -> Column:
+        values = {name: value(policy) for name, policy in policies.items()}
+        cells = {name: format(one, form) for name, one in values.items() if one is not None and _is_finite(one)}
+        return Column(title, meaning, cells)
+
+    def preference(key: str) -> Callable[[PolicyNumbers], Any]:
+        return lambda policy: getattr(policy.preference, key, None)
+
+    def training(key: str) -> Callable[[PolicyNumbers], Any]:
+        return lambda policy: getattr(policy.train, key, None)
+
+    labels = dict.fromkeys(label for policy in policies.values() for label in policy.rewards)
+    bootstrap = f"mean over prompts with its {per_interval}bootstrap interval"
+    worth = [
+        column(f"reward {label}", ".3f", lambda policy, label=label: policy.rewards.get(label), bootstrap)  # type: ignore[misc]
+        for label in sorted(labels, key=lambda label: label != headline)
+    ]
+    worth += _differences(numbers)
+    worth += [
+        column("perplexity", ".2f", lambda policy: policy.perplexity, "of the policy's answers under the judge model"),
+        column(
+            "reference perplexity",
+            ".2f",
+            lambda policy: policy.reference_perplexity,
+            "of reference answers under the policy",
+        ),
+        column(
+            "pair accuracy",
+            ".1%",
+            preference("pair_accuracy"),
+            "share of labelled pairs that the policy's own log-prob per token orders right",
+        ),
+        *_wins(numbers),
+    ]
+    sizes = dict.fromkeys(size for policy in policies.values() for size in policy.best_of_n.get(str(headline), {}))
+    more = [
+        column(
+            f"best of {size}",
+            ".3f",
+            lambda policy, size=size: getattr(policy.best_of_n.get(str(headline), {}).get(size), "mean", None),  # type: ignore[misc]
+        )
+        for size in sizes
+        if size != "1"
+    ]
+    more += [
+        column("Kendall's tau", ".3f", preference("kendall_tau"), "of labelled scores and the policy's log-probs"),
+        column("best found", ".0%", preference("best_hit_rate"), "groups whose best response is the likeliest"),
+        column("distinct-1", ".3f", lambda policy: policy.distinct_1, "different words over all words"),
+        column("distinct-2", ".3f", lambda policy: policy.distinct_2, "different pairs of words over all"),
+        column("repetition", ".1%", lambda policy: policy.repetition, "within an answer"),
+        column("words", ".1f", lambda policy: policy.words, "mean length of an answer"),
+        column("tokens", ".1f", lambda policy: policy.tokens, "mean length of an answer"),
+        column("unfinished", ".0%", lambda policy: policy.unfinished, "answers cut at the limit"),
+    ]
+    seconds = {name: policy.train.seconds for name, policy in policies.items() if policy.train is not None}
+    took = {name: duration(value) for name, value in seconds.items() if value is not None and _is_finite(value)}
+    more += [Column("training", "wall time", took)]
+    memory = column("peak memory", ".1f", training("peak_memory_gib"), "of training")
+    more += [memory._replace(cells={name: f"{cell} GiB" for name, cell in memory.cells.items()})]
+    return [one for one in worth if one.cells], [one for one in more if one.cells]
+
+
+def markdown_table(numbers: Numbers) -> str:
     """All columns in one Markdown table, with a line on what was compared how."""
-    columns = [column for part in _columns(figures) for column in part]
-    names = list(figures["policies"])
-    rows = [["policy", *(title for title, _ in columns)], ["---", *("---:" for _ in columns)]]
-    rows += [[name, *(value(name) or "" for _, value in columns)] for name in names]
+    shown = [column for part in columns(numbers) for column in part]
+    rows = [["policy", *(column.title for column in shown)], ["---", *("---:" for _ in shown)]]
+    rows += [[name, *(column.cells.get(name, "") for column in shown)] for name in numbers.policies]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines, "", _note(figures), ""])
+    return "\n".join([*lines, "", note(numbers), ""])
 
 
-def terminal_tables(figures: Mapping[str, Any], width: int) -> list[Any]:
+def terminal_tables(numbers: Numbers, width: int) -> Iterator[Any]:
     """The columns in as many tables as fit `width` characters, and the note."""
-    tables: list[Any] = []
-    names = list(figures["policies"])
+    names = list(numbers.policies)
     longest = min(max(map(len, names)), width // 3)
-    for columns in (own for part in _columns(figures) for own in _fitting(part, names, width - longest - 2)):
+    for part in (fitting for some in columns(numbers) for fitting in _fitting(some, width - longest - 2)):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         table.add_column("policy", overflow="fold", min_width=longest)
-        for column in columns:
-            table.add_column("\n".join(_title_lines(column, names)), justify="right", no_wrap=True)
+        for column in part:
+            table.add_column("\n".join(_title_lines(column)), justify="right", no_wrap=True)
         for name in names:
-            table.add_row(name, *(value(name) or "" for _, value in columns))
-        tables.append(table)
-    return [*tables, _note(figures)]
+            table.add_row(name, *(column.cells.get(name, "") for column in part))
+        yield table
+    yield note(numbers)
 
 
-def _fitting(columns: Sequence[Column], names: Sequence[str], room: int) -> list[list[Column]]:
+def note(numbers: Numbers) -> str:
+    """What was compared how, in a sentence or two."""
+    settings = numbers.settings
+    parts = []
+    if decoding := settings.get("decoding"):
+        parts.append(
+            f"{settings['prompts']} prompts, {decoding['k']} responses each ({decoding['strategy']}, temperature "
+            f"{decoding['temperature']:g}, at most {decoding['max_new_tokens']} tokens)"
+        )
+        parts.append(f"intervals: {settings['confidence']:.0%} bootstrap over prompts")
+    if settings.get("perplexity_judge") is not None:
+        parts.append(f"perplexity under {settings['perplexity_judge']}")
+    pairs = max((policy.preference.pairs for policy in numbers.policies.values() if policy.preference), default=0)
+    if pairs:
+        parts.append(f"pair accuracy over {pairs:,} labelled pairs")
+    if any(numbers.headline in row.rewards for row in numbers.differences):
+        parts.append(f"'more than' compares answers to the same prompts by {numbers.headline}")
+    parts += [
+        f"wins are shares of answer pairs, each prompt weighing the same, by {by}"
+        for by in dict.fromkeys(row.by for row in numbers.wins)
+    ]
+    unrewarded = sum(sum(policy.unrewarded.values()) for policy in numbers.policies.values())
+    if unrewarded:
+        parts.append(f"{unrewarded} rewards missing, so that the means may be over different prompts")
+    if failures := sum(row.failures for row in numbers.wins):
+        parts.append(f"{failures} comparisons failed")
+    said = "; ".join(parts) + "." if parts else ""
+    for name, policy in numbers.policies.items():
+        if policy.differs_from_training:
+            said += f" Not as it was trained: {name}, {', '.join(policy.differs_from_training)}."
+    return said
+
+
+def duration(seconds: float) -> str:
+    """28 s, 12 min, 3 h 05 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _is_finite(value: float | Interval) -> bool:
+    return math.isfinite(value.mean if isinstance(value, Interval) else value)
+
+
+def _differences(numbers: Numbers) -> list[Column]:
+    """How much more reward by the headline scorer than the policy compared with, on the prompts that both have."""
+    rows = {row.policy: row.rewards[numbers.headline] for row in numbers.differences if numbers.headline in row.rewards}
+    if not rows:
+        return []
+    cells = {name: format(interval, "+.3f") for name, interval in rows.items()}
+    return [Column(f"more than {numbers.differences[0].against}", "on the same prompts", cells)]
+
+
+def _wins(numbers: Numbers) -> list[Column]:
+    compared = [row for row in numbers.wins if row.prompts != 0 and any(row.shares)]
+    judges = dict.fromkeys((row.against, row.by) for row in compared)
+    shown = []
+    for against, by in judges:
+        rows = [row for row in compared if (row.against, row.by) == (against, by)]
+        name = f"against {against}" + (f", {by}" if len(judges) > 1 else "")
+        shown += [
+            Column(
+                f"win / tie / lose {name}",
+                f"of answer pairs, every prompt weighing the same, by {by}",
+                {row.policy: " / ".join(f"{share:.0%}" for share in row.shares) for row in rows},
+            ),
+            Column(
+                f"win rate {name}",
+                "a tie counts half",
+                {row.policy: format(row.win_rate, ".0%") for row in rows if row.win_rate is not None},
+            ),
+            Column(
+                "win rate at equal length" + (f" {name}" if len(judges) > 1 else ""),
+                "by a regression on the difference in length",
+                {
+                    row.policy: f"{row.length_controlled_win_rate:.0%}"
+                    for row in rows
+                    if row.length_controlled_win_rate is not None
+                },
+            ),
+        ]
+    return shown
+
+
+def _fitting(some: Sequence[Column], room: int) -> list[list[Column]]:
     """The columns in turn, as many side by side as there is room for; a title may break between words."""
     parts: list[list[Column]] = []
     left = 0
-    for column in columns:
-        need = _width(column, names) + _GAP
+    for column in some:
+        need = max(map(len, [*_title_lines(column), *column.cells.values()])) + _GAP
         if not parts or need > left:
             parts.append([])
             left = room
@@ -55,126 +222,5 @@ def _fitting(columns: Sequence[Column], names: Sequence[str], room: int) -> list
     return parts
 
 
-def _title_lines(column: Column, names: Sequence[str]) -> list[str]:
-    title, value = column
-    return textwrap.wrap(title, max([_TITLE, *(len(value(name) or "") for name in names)]), break_long_words=False)
-
-
-def _width(column: Column, names: Sequence[str]) -> int:
-    return max([*map(len, _title_lines(column, names)), *(len(column[1](name) or "") for name in names)])
-
-
-def _columns(figures: Mapping[str, Any]) -> list[list[Column]]:
-    """What the policies are worth; how they write."""
-    policies = figures["policies"]
-    labels = list(dict.fromkeys(label for own in policies.values() for label in own["rewards"]))
-
-    def number(form: str, *keys: str) -> Callable[[str], str | None]:
-        def value(name: str) -> str | None:
-            found = policies[name]
-            for key in keys:
-                found = None if found is None else found.get(key)
-            return None if found is None else format(found, form)
-
-        return value
-
-    def interval(form: str, *keys: str) -> Callable[[str], str | None]:
-        def value(name: str) -> str | None:
-            parts = [number(form, *keys, bound)(name) for bound in ("mean", "low", "high")]
-            return None if parts[0] is None else f"{parts[0]} [{parts[1]}, {parts[2]}]"
-
-        return value
-
-    worth: list[Column] = [(f"reward {label}", interval(".3f", "rewards", label)) for label in labels]
-    worth += _difference_columns(figures)
-    worth += [
-        ("perplexity", number(".2f", "perplexity")),
-        ("reference perplexity", number(".2f", "reference_perplexity")),
-        ("pair accuracy", interval(".1%", "preference", "pair_accuracy")),
-        ("Kendall's tau", number(".3f", "preference", "kendall_tau")),
-    ]
-    worth += _win_columns(figures["wins"])
-    headline = figures["headline"]
-    sizes = list(dict.fromkeys(size for own in policies.values() for size in own["best_of_n"].get(headline, {})))
-    writing: list[Column] = [
-        (f"best of {size}", number(".3f", "best_of_n", headline, size, "mean")) for size in sizes if size != "1"
-    ]
-    writing += [
-        ("distinct-1", number(".3f", "distinct_1")),
-        ("distinct-2", number(".3f", "distinct_2")),
-        ("repetition", number(".1%", "repetition")),
-        ("words", number(".1f", "words")),
-        ("tokens", number(".1f", "tokens")),
-        ("unfinished", number(".0%", "unfinished")),
-        ("train s", number(".0f", "train", "seconds")),
-        ("train GiB", number(".2f", "train", "peak_memory_gib")),
-    ]
-    return [[column for column in part if any(column[1](name) for name in policies)] for part in (worth, writing)]
-
-
-def _difference_columns(figures: Mapping[str, Any]) -> list[Column]:
-    """How much more reward by the headline scorer than the policy compared with, on the prompts that both have."""
-    label, rows = figures["headline"], figures["differences"]
-    apart = {row["policy"]: row["rewards"][label] for row in rows if label in row["rewards"]}
-    if not apart:
-        return []
-
-    def value(name: str) -> str | None:
-        own = apart.get(name)
-        return None if own is None else f"{own['mean']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}]"
-
-    return [(f"more than {rows[0]['against']}", value)]
-
-
-def _win_columns(wins: Sequence[Mapping[str, Any]]) -> list[Column]:
-    if not any(own["prompts"] for own in wins):
-        return []
-    rows = {own["policy"]: own for own in wins if own["prompts"]}
-    against = wins[0]["against"]
-
-    def shares(name: str) -> str | None:
-        own = rows.get(name)
-        return None if own is None else " / ".join(f"{own[key]:.0%}" for key in ("win", "tie", "lose"))
-
-    def rate(name: str) -> str | None:
-        own = (rows.get(name) or {}).get("win_rate")
-        return None if own is None else f"{own['mean']:.0%} [{own['low']:.0%}, {own['high']:.0%}]"
-
-    def controlled(name: str) -> str | None:
-        at_equal_length = rows.get(name, {}).get("length_controlled_win_rate")
-        return None if at_equal_length is None else f"{at_equal_length:.0%}"
-
-    return [
-        (f"win / tie / lose against {against}", shares),
-        (f"win rate against {against}", rate),
-        ("win rate at equal length", controlled),
-    ]
-
-
-def _note(figures: Mapping[str, Any]) -> str:
-    settings = figures["settings"]
-    decoding = settings["decoding"]
-    parts = [
-        f"{settings['prompts']} prompts, {decoding['k']} responses each ({decoding['strategy']}, temperature "
-        f"{decoding['temperature']:g}, at most {decoding['max_new_tokens']} tokens)",
-        f"intervals: {settings['confidence']:.0%} bootstrap over prompts",
-    ]
-    if settings["perplexity_judge"] is not None:
-        parts.append(f"perplexity under {settings['perplexity_judge']}")
-    if len(figures["differences"]) and figures["headline"] is not None:
-        parts.append(f"'more than' compares answers to the same prompts by {figures['headline']}")
-    parts += [
-        f"wins are shares of answer pairs, each prompt weighing the same, by {by}"
-        for by in dict.fromkeys(own["by"] for own in figures["wins"])
-    ]
-    unrewarded = sum(sum(own["unrewarded"].values()) for own in figures["policies"].values())
-    if unrewarded:
-        parts.append(f"{unrewarded} rewards missing, so that the means may be over different prompts")
-    failures = sum(own["failures"] for own in figures["wins"])
-    if failures:
-        parts.append(f"{failures} comparisons failed")
-    said = "; ".join(parts) + "."
-    for name, own in figures["policies"].items():
-        if own["differs_from_training"]:
-            said += f" Not as it was trained: {name}, {', '.join(own['differs_from_training'])}."
-    return said
+def _title_lines(column: Column) -> list[str]:
+    return textwrap.wrap(column.title, max([_TITLE, *map(len, column.cells.values())]), break_long_words=False)

@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from rrhf_peft.evaluate.folder import EVALUATION, EvaluationFolder, joined, read_evaluation
+from rrhf_peft.evaluate.numbers import EVALUATION, Evaluation, joined, read_evaluation
 from rrhf_peft.records import UserError
 from rrhf_peft.train.run_folder import DATA_REPORT, METRICS, RECIPE, read_metrics, read_object, read_recipe
 
@@ -80,7 +80,7 @@ class RoundsRun:
 
     rows: list[dict[str, Any]]
     runs: dict[str, TrainingRun]
-    evaluation: EvaluationFolder | None
+    evaluation: Evaluation | None
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Runs:
     """Everything to report on, under names that differ within each kind."""
 
     training: dict[str, TrainingRun]
-    evaluations: dict[str, EvaluationFolder]
+    evaluations: dict[str, Evaluation]
     rounds: dict[str, RoundsRun]
     merges: dict[str, dict[str, Any]]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value out of JSON is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -185,12 +185,12 @@ def _read_rounds(path: Path) -> RoundsRun:
     )
 
 
-def _as_policies(training: dict[str, TrainingRun], evaluations: dict[str, EvaluationFolder]) -> dict[str, TrainingRun]:
+def _as_policies(training: dict[str, TrainingRun], evaluations: dict[str, Evaluation]) -> dict[str, TrainingRun]:
     """Runs under the name of the policy that they trained, where an evaluation says so: one name, one colour."""
     policies = {
         Path(trained).resolve(): policy
         for evaluation in evaluations.values()
-        for policy, numbers in evaluation.policies.items()
+        for policy, numbers in evaluation.numbers.policies.items()
         if (trained := numbers.adapter or numbers.model)
     }
     renamed: dict[str, TrainingRun] = {}

@@ -109,7 +109,7 @@ def render(**page: Any) -> str:
 def _styles(runs: Runs) -> dict[str, Style]:
     """One look for a name wherever it occurs; the policy that an evaluation starts from is grey."""
     evaluations = [*runs.evaluations.values(), *(one.evaluation for one in runs.rounds.values() if one.evaluation)]
-    policies = [name for evaluation in evaluations for name in evaluation.policies]
+    policies = [name for evaluation in evaluations for name in evaluation.numbers.policies]
     return styles([*policies, *runs.training], baseline=policies[0] if policies else None)
 
 

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rrhf_peft.evaluate.folder import EvaluationFolder, WinRow
+from rrhf_peft.evaluate.numbers import Evaluation
 from rrhf_peft.evaluate.plots import evaluation_plots
 from rrhf_peft.evaluate.statistics import Interval
+from rrhf_peft.evaluate.table import columns, duration, note
 from rrhf_peft.plotting import WIDTH, Style, figure_bytes, styles
 from rrhf_peft.report.folders import RoundsRun, TrainingRun, is_number
 from rrhf_peft.report.plots import Curve, curves_figure, k_figure, rounds_figure, smoothing_window
@@ -77,23 +78,6 @@ def number(value: object, form: str = ".2f", unit: str = "") -> str:
     return format(value, form) + unit if is_number(value) else MISSING
 
 
-def estimate(value: Interval | None, form: str = ".2f") -> str:
-    """Mean and interval: 0.72 [0.68, 0.76]."""
-    if value is None or not (math.isfinite(value.low) and math.isfinite(value.high)):
-        return number(None if value is None else value.mean, form)
-    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
-
-
-def duration(seconds: object) -> str:
-    """28 s, 12 min, 3 h 05 min."""
-    if not isinstance(seconds, int | float) or not is_number(seconds):
-        return MISSING
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def listed(names: Sequence[str], most: int) -> str:
     """a, b and c; of more than `most`, how many more."""
     if len(names) > most:
@@ -135,8 +119,7 @@ def rounds_section(name: str, rounds: RoundsRun, anchor: str) -> dict[str, Any]:
     """IP-n: reward from round to round, and every round's candidates."""
     rows = rounds.rows
     policies = [str(row["policy"]) for row in rows]
-    bounds = [[row[key] if is_number(row.get(key)) else math.nan for key in ("reward", "low", "high")] for row in rows]
-    rewards = [None if math.isnan(mean) else Interval(mean, low, high) for mean, low, high in bounds]
+    rewards = [_reward_of(row) for row in rows]
     best = [row["mean_of_max"] if is_number(row.get("mean_of_max")) else None for row in rows]
     measured = [(policy, value) for policy, value in zip(policies, rewards, strict=True) if value is not None]
     text = []
@@ -144,79 +127,100 @@ def rounds_section(name: str, rounds: RoundsRun, anchor: str) -> dict[str, Any]:
         (first, then), (last, now) = measured[0], measured[-1]
         rises = sum(b.mean > a.mean for (_, a), (_, b) in itertools.pairwise(measured))
         text.append(
-            f"Held-out reward went from {estimate(then)} ({first}) to {estimate(now)} ({last}); it rose in {rises} of "
+            f"Held-out reward went from {then} ({first}) to {now} ({last}); it rose in {rises} of "
             f"{len(measured) - 1} rounds."
         )
-    columns = {
+    shown = {
         "groups": [number(row.get("groups"), ",.0f") for row in rows],
         "candidates": [number(row.get("candidates"), ".3f") for row in rows],
-        "own candidates": [number(row.get("own"), ".3f") for row in rows],
+        "the policy's candidates": [number(row.get("own"), ".3f") for row in rows],
         "mean of max": [number(value, ".3f") for value in best],
-        "held-out reward": [estimate(value, ".3f") for value in rewards],
+        "held-out reward": [MISSING if value is None else format(value, ".3f") for value in rewards],
         "perplexity": [number(row.get("perplexity")) for row in rows],
     }
     meanings = {
         "candidates": "mean score of the responses that the policy was trained on",
-        "own candidates": "of those that the policy before it wrote",
+        "the policy's candidates": "of those that the policy before it wrote",
         "mean of max": "mean over groups of the best score",
     }
     pictures = []
     if len(measured) + sum(value is not None for value in best) > 1:
-        label = rounds.evaluation.headline if rounds.evaluation is not None else None
-        described = "; ".join(f"{policy}: {estimate(value)}" for policy, value in zip(policies, rewards, strict=True))
+        label = rounds.evaluation.numbers.headline if rounds.evaluation is not None else None
+        described = "; ".join(f"{policy}: {value or MISSING}" for policy, value in zip(policies, rewards, strict=True))
         caption = (
             "Held-out reward with its interval. The dashed line is the mean of each training group's best candidate, "
             "which the trained policy's reward is expected to approach."
         )
         figure = rounds_figure(policies, rewards, best, label=label or "the scorer")
         pictures.append(picture(figure, f"Reward by round. {described}.", caption))
-    part = {"text": text, "table": table("policy", policies, columns, meanings), "pictures": pictures}
+    part = {"text": text, "table": table("policy", policies, shown, meanings), "pictures": pictures}
     return {"title": f"Rounds: {name}", "anchor": anchor, "parts": [part]}
+
+
+def _reward_of(row: Mapping[str, Any]) -> Interval | None:
+    mean, low, high = (row[key] if is_number(row.get(key)) else math.nan for key in ("reward", "low", "high"))
+    return None if math.isnan(mean) else Interval(mean, low, high)
 
 
 # ---- An evaluation ----
 
 
 def evaluation_section(
-    evaluation: EvaluationFolder, look: Mapping[str, Style], anchor: str, *, title: str
+    evaluation: Evaluation, look: Mapping[str, Style], anchor: str, *, title: str
 ) -> dict[str, Any] | None:
     """One evaluation, or the joined ones of all rounds: in words, in the paper's table, plots and examples."""
+    numbers = evaluation.numbers
+    worth, more = columns(numbers)
+    names = list(numbers.policies)
     pictures = [
         # A histogram of one or two policies is drawn for half of the page's width, one of several for all of it.
         picture(plot.figure, plot.description, _CAPTIONS.get(plot.name, ""), wide=plot.figure.get_figwidth() > WIDTH)
         for plot in evaluation_plots(evaluation, look)
     ]
-    parts: list[dict[str, Any]] = [{"text": _result(evaluation), "table": _paper_table(evaluation, look)}]
-    if (more := _text_table(evaluation, look)) is not None:
-        parts.append({"heading": "More about texts and order", "table": more})
+    parts: list[dict[str, Any]] = []
+    for heading, shown in (("", worth), ("More about texts and order", more)):
+        if shown:
+            cells = {column.title: [column.cells.get(name, MISSING) for name in names] for column in shown}
+            meanings = {column.title: column.meaning for column in shown}
+            parts.append(
+                {"table": table("policy", names, cells, meanings, look)} | ({"heading": heading} if heading else {})
+            )
+    if not parts and not pictures:
+        return None
+    parts[0]["text"] = _result(evaluation)
+    if said := note(numbers):
+        parts[-1]["note"] = said
     parts.append({"pictures": sorted(pictures, key=lambda one: one["wide"])})
-    wanted = evaluation.settings.get("examples", _EXAMPLES)
-    shown = _examples(evaluation, look, wanted if isinstance(wanted, int) else _EXAMPLES)
-    if shown:
-        note = (
-            f"Side by side: {len(shown)} prompts at even distances through the list, with the first response of "
-            f"each policy and its reward by {evaluation.headline}. They were not chosen by their looks."
+    wanted = numbers.settings.get("examples", _EXAMPLES)
+    examples = _examples(evaluation, look, wanted if isinstance(wanted, int) else _EXAMPLES)
+    if examples:
+        said = (
+            f"Side by side: {len(examples)} prompts at even distances through the list, with the first response of "
+            f"each policy and its reward by {numbers.headline}. They were not chosen by their looks."
         )
-        parts.append({"note": note, "examples": shown})
-    return {"title": title, "anchor": anchor, "parts": parts} if any(any(part.values()) for part in parts) else None
+        parts.append({"note": said, "examples": examples})
+    return {"title": title, "anchor": anchor, "parts": parts}
 
 
-def _result(evaluation: EvaluationFolder) -> list[str]:
+def _result(evaluation: Evaluation) -> list[str]:
     """The result in a few sentences, of what was measured only."""
-    label = evaluation.headline
+    numbers = evaluation.numbers
+    label = numbers.headline
     rewards = evaluation.rewards(label) if label is not None else {}
     if label is None or not rewards:
         return []
+    share = numbers.settings.get("confidence")
+    confidence = f"{100 * share:g}% " if is_number(share) else ""
 
     def reward_of(name: str) -> str:
         value = rewards[name]
         if not (is_number(value.low) and is_number(value.high)):
             return number(value.mean)
-        return f"{number(value.mean)} ({_confidence(evaluation)}interval {number(value.low)} to {number(value.high)})"
+        return f"{number(value.mean)} ({confidence}interval {number(value.low)} to {number(value.high)})"
 
-    first = next(iter(evaluation.policies))
+    first = next(iter(numbers.policies))
     best = max(rewards, key=lambda name: rewards[name].mean)
-    prompts = len(evaluation.scored_rows(first, label) or [])
+    prompts = len(evaluation.scored_rows(first, label))
     on = f"On {prompts:,} held-out prompts, " if prompts else ""
     if len(rewards) == 1:
         said = [f"{on}{best} has a mean reward of {reward_of(best)} by {label}."]
@@ -232,105 +236,30 @@ def _result(evaluation: EvaluationFolder) -> list[str]:
                 f"On the same prompts it has {number(apart.mean)} more ({number(apart.low)} to {number(apart.high)})"
                 f"{by_chance}."
             )
-    for row in evaluation.wins:
-        if row.policy == best:
-            won, tied, lost = _shares(row)
+    for row in numbers.wins:
+        if row.policy == best and any(row.shares):
+            won, tied, lost = (f"{part:.0%}" for part in row.shares)
             by = "" if row.by == label else f" by {row.by}"
             said.append(f"It wins {won} of the answer pairs against {row.against}{by}, ties {tied} and loses {lost}.")
-    one, other = (evaluation.policies[name].perplexity for name in (best, first))
+    one, other = (numbers.policies[name].perplexity for name in (best, first))
     if best != first and is_number(one) and is_number(other):
         said.append(f"The perplexity of its text is {number(one)}, that of {first}'s {number(other)}.")
     return [" ".join(said)]
 
 
-def _confidence(evaluation: EvaluationFolder) -> str:
-    share = evaluation.settings.get("confidence")
-    return f"{100 * share:g}% " if isinstance(share, int | float) and is_number(share) else ""
-
-
-def _shares(row: WinRow) -> list[str]:
-    """Won, tied and lost."""
-    return [number(value / (row.win + row.tie + row.lose), ".0%") for value in (row.win, row.tie, row.lose)]
-
-
-def _paper_table(evaluation: EvaluationFolder, look: Mapping[str, Style]) -> dict[str, Any] | None:
-    """The table in the paper's form; a label's or a comparison's column is there where it was measured."""
-    names, measured = list(evaluation.policies), list(evaluation.policies.values())
-    columns: dict[str, list[str]] = {}
-    meanings = {
-        "perplexity": "of the policy's answers under the judge model",
-        "pair accuracy": "share of labelled pairs that the policy's own log-prob per token orders right",
-        "words": "mean length of an answer",
-        "training": "wall time",
-        "peak memory": "of training",
-    }
-    for label in evaluation.labels():
-        title = f"reward, {label}"
-        meanings[title] = f"mean over prompts, in brackets the {_confidence(evaluation)}bootstrap interval"
-        columns[title] = [estimate(one.rewards[label].interval() if label in one.rewards else None) for one in measured]
-    columns["perplexity"] = [number(one.perplexity) for one in measured]
-    accuracies = [one.preference.pair_accuracy if one.preference else None for one in measured]
-    columns["pair accuracy"] = [estimate(accuracy.interval() if accuracy else None) for accuracy in accuracies]
-    comparisons: dict[tuple[str, str], dict[str, WinRow]] = {}
-    for row in evaluation.wins:
-        comparisons.setdefault((row.against, row.by), {})[row.policy] = row
-    for (against, by), rows in comparisons.items():
-        judge = f", {by}" if sum(other == against for other, _ in comparisons) > 1 else ""
-        shares, even = f"win / tie / lose v. {against}{judge}", f"win rate at equal length v. {against}{judge}"
-        columns[shares] = [" / ".join(_shares(rows[name])) if name in rows else MISSING for name in names]
-        columns[even] = [
-            number(rows[name].length_controlled_win_rate, ".0%") if name in rows else MISSING for name in names
-        ]
-        meanings |= {shares: f"of answer pairs, every prompt weighing the same, by {by}"}
-        meanings |= {even: f"by {by}; a tie counts half"}
-    columns["words"] = [number(one.words, ".1f") for one in measured]
-    columns["training"] = [duration(one.train.seconds if one.train else None) for one in measured]
-    columns["peak memory"] = [
-        number(one.train.peak_memory_gib if one.train else None, ".1f", " GiB") for one in measured
-    ]
-    return table("policy", names, columns, meanings, look)
-
-
-def _text_table(evaluation: EvaluationFolder, look: Mapping[str, Style]) -> dict[str, Any] | None:
-    measured = list(evaluation.policies.values())
-    ordered = [one.preference for one in measured]
-    columns = {
-        "responses": [number(one.responses, ",") for one in measured],
-        "tokens": [number(one.tokens, ".1f") for one in measured],
-        "unfinished": [number(one.unfinished, ".0%") for one in measured],
-        "distinct-1": [number(one.distinct_1, ".3f") for one in measured],
-        "distinct-2": [number(one.distinct_2, ".3f") for one in measured],
-        "repetition": [number(one.repetition, ".3f") for one in measured],
-        "reference perplexity": [number(one.reference_perplexity) for one in measured],
-        "Kendall's tau": [number(one and one.kendall_tau) for one in ordered],
-        "best found": [number(one and one.best_hit_rate, ".0%") for one in ordered],
-        "labelled pairs": [number(one and one.pairs, ",") for one in ordered],
-    }
-    meanings = {
-        "tokens": "mean length of an answer",
-        "unfinished": "answers cut at the limit",
-        "distinct-1": "different words over all words",
-        "distinct-2": "different pairs of words over all",
-        "repetition": "within an answer",
-        "reference perplexity": "of reference answers under the policy",
-        "Kendall's tau": "between labelled scores and the policy's log-probs",
-        "best found": "groups whose best response the policy finds likeliest",
-    }
-    return table("policy", list(evaluation.policies), columns, meanings, look)
-
-
-def _examples(evaluation: EvaluationFolder, look: Mapping[str, Style], wanted: int) -> list[dict[str, Any]]:
+def _examples(evaluation: Evaluation, look: Mapping[str, Style], wanted: int) -> list[dict[str, Any]]:
     """At most `wanted` prompts that every policy with a scored file answered, each policy's first response.
 
     Prompts are taken at even distances through the list and responses by their index, so that nobody picks the
     pretty ones.
     """
-    if evaluation.headline is None:
+    numbers = evaluation.numbers
+    if numbers.headline is None:
         return []
     rows = {
         name: by_prompt
-        for name in evaluation.policies
-        if (by_prompt := _by_prompt(evaluation.scored_rows(name, evaluation.headline) or []))
+        for name in numbers.policies
+        if (by_prompt := _by_prompt(evaluation.scored_rows(name, numbers.headline)))
     }
     if not rows:
         return []

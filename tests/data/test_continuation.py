@@ -212,7 +212,7 @@ def sampled(tinystories):
 
 def test_the_base_finds_its_own_samples_likely(sampled):
     """Its perplexity on them is what it drew them with, within a tenth; alone, they would be half as likely again."""
-    from rrhf_peft.evaluate.likelihood import perplexity
+    from rrhf_peft.evaluate.measure import perplexity
 
     model, tokenizer, prompts, candidates = sampled
     drawn = math.exp(-sum(own.log_prob for own in candidates) / sum(own.num_tokens for own in candidates))

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import tokenize_groups
 from rrhf_peft.evaluate.inputs import make_plan, sampling_recipe, trained_as, training_of
-from rrhf_peft.evaluate.run import evaluate_recipe, finished_evaluation
+from rrhf_peft.evaluate.numbers import _differences, read_evaluation
+from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.evaluate.statistics import distinct_n, kendall_tau, length_controlled_win_rate, pair_accuracy
-from rrhf_peft.evaluate.summary import _differences
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.train.run import train_recipe
@@ -83,7 +83,7 @@ def whole(tiny_model_folder, trained, tmp_path_factory):
 def test_the_file_is_what_others_read(whole, tiny_model_folder, trained):
     folder, _, evaluation = whole
     found = json.loads((folder / "out" / "evaluation.json").read_text())
-    assert found == evaluation.to_dict() == finished_evaluation(folder / "out").to_dict()
+    assert found == evaluation.to_dict() == read_evaluation(folder / "out").to_dict()
     assert (found["version"], found["headline"]) == (1, "letters")
     assert found["settings"]["prompts"] == 6
     assert found["settings"]["decoding"]["k"] == 3
@@ -218,7 +218,7 @@ def test_missing_rewards_are_compared_on_the_prompts_that_both_have():
     own = {"label": [[1.0, 3.0], [None, None], [5.0, None]]}
     other = {"label": [[0.0, 0.0], [100.0, 100.0], [4.0, 4.0]]}
     found = _differences(plan, own, other)["label"]
-    assert (found["mean"], found["prompts"]) == (1.5, 2)
+    assert (found.mean, found.prompts) == (1.5, 2)
     assert _differences(plan, {"label": [[None]]}, {"label": [[1.0]]}) == {}
 
 

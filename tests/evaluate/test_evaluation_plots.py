@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report.conftest import policy, write_evaluation
 
-from rrhf_peft.evaluate.folder import WinRow
+from rrhf_peft.evaluate.numbers import WinRow, read_evaluation
 from rrhf_peft.evaluate.plots import (
     best_of_figure,
     histogram_figure,
@@ -34,7 +34,7 @@ def texts(figure: Any) -> list[str]:
 def test_all_plots_are_written_twice_and_stale_ones_removed(tmp_path: Path) -> None:
     won = {"policy": "after", "against": "base", "by": "vader", "win": 3, "tie": 1, "lose": 2}
     folder = write_evaluation(tmp_path / "one", {"base": policy(0.1), "after": policy(0.5)}, wins=[won])
-    written = write_plots(folder)
+    written = write_plots(read_evaluation(folder))
     names = {"reward", "reward_perplexity", "best_of_n", "reward_histogram", "wins"}
     assert {path.name for path in written} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {path.name for path in (folder / "plots").iterdir()} == {path.name for path in written}
@@ -43,7 +43,7 @@ def test_all_plots_are_written_twice_and_stale_ones_removed(tmp_path: Path) -> N
         assert start.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in start
     again = write_evaluation(tmp_path / "two", {"base": policy(0.1)})
     (folder / "evaluation.json").write_bytes((again / "evaluation.json").read_bytes())
-    write_plots(folder)
+    write_plots(read_evaluation(folder))
     assert not list((folder / "plots").glob("wins.*"))
 
 
@@ -56,13 +56,13 @@ def test_the_same_figure_gives_the_same_bytes() -> None:
 
 
 def test_without_numbers_there_are_no_plots(tmp_path: Path) -> None:
-    assert write_plots(write_evaluation(tmp_path / "bare", {"base": policy(None)})) == []
+    assert write_plots(read_evaluation(write_evaluation(tmp_path / "bare", {"base": policy(None)}))) == []
     assert not (tmp_path / "bare" / "plots").exists()
 
 
 def test_a_folder_without_an_evaluation_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "evaluation.json"))):
-        write_plots(tmp_path)
+        read_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])

@@ -12,7 +12,7 @@ from oracles.log_probs import float64_copy, response_sums
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import tokenize_groups
-from rrhf_peft.evaluate.likelihood import mean_log_probs, perplexity
+from rrhf_peft.evaluate.measure import mean_log_probs, perplexity
 from rrhf_peft.evaluate.statistics import pair_accuracy
 from rrhf_peft.records import RankedGroup, UserError
 
@@ -35,8 +35,8 @@ def test_perplexity_weighs_every_token_alike(judge: Any) -> None:
     ]
     sums = response_sums(float64_copy(model), groups)
     expected = math.exp(-float(sums.sum()) / sum(len(responses[0]) for _, responses in groups))
-    for batch_size in (1, 2, 32):
-        found = perplexity(model, tokenizer, PROMPTS, TEXTS, batch_size=batch_size)
+    for batch_tokens in (1, 100, 16384):
+        found = perplexity(model, tokenizer, PROMPTS, TEXTS, batch_tokens=batch_tokens)
         assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -59,8 +59,8 @@ def test_p_i_is_the_mean_over_the_response_and_its_end(judge: Any) -> None:
     pairs = [(list(group.prompt_ids), [list(ids) for ids in group.response_ids]) for group in tokenized]
     sums = iter(response_sums(float64_copy(model), pairs).tolist())
     expected = [[next(sums) / len(ids) for ids in responses] for _, responses in pairs]
-    for batch_size in (1, 3, 32):
-        found = mean_log_probs(model, tokenized, batch_size=batch_size)
+    for batch_tokens in (1, 100, 16384):
+        found = mean_log_probs(model, tokenized, batch_tokens=batch_tokens)
         assert found == [pytest.approx(own, rel=1e-5) for own in expected]
     assert 0 <= pair_accuracy(found, [group.scores for group in tokenized]) <= 1
 

@@ -9,7 +9,7 @@ import torch
 from oracles.log_probs import float64_copy, response_sums
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rrhf_peft.evaluate.likelihood import text_log_probs
+from rrhf_peft.evaluate.measure import text_log_probs
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def test_a_run_and_an_evaluation_are_shown_whole(page: Page, trained_run: Path) 
     for kind in ("Mean reward by", "against perplexity", "best of n", "Histograms", "Win, tie", "Training curves"):
         assert kind in shown
     assert "Mean log-prob per token of each source's responses" in shown
-    for said in ("0.70 [0.60, 0.80]", "75% / 0% / 25%", "65 s", "1.2 GiB", "mean of each group's best", "ties"):
+    for said in ("0.700 [0.600, 0.800]", "75% / 0% / 25%", "65 s", "1.2 GiB", "mean of each group's best", "ties"):
         assert said in page.text
     assert (
         "On 6 held-out prompts, after has the highest mean reward by vader: 0.70 (interval 0.60 to 0.80)" in page.text
@@ -127,8 +127,8 @@ def test_two_judges_of_a_comparison_have_columns_of_their_own(tmp_path: Path) ->
     folder = write_evaluation(tmp_path / "evaluation", {"base": policy(0.1), "after": policy(0.7)}, wins=wins)
     text = Page(write_report([folder])).text
     for said in (
-        "win / tie / lose v. base, vader",
-        "win / tie / lose v. base, judge",
+        "win / tie / lose against base, vader",
+        "win / tie / lose against base, judge",
         "75% / 0% / 25%",
         "50% / 0% / 50%",
     ):
