@@ -27,7 +27,7 @@ from rrhf_peft.demo.base import BaseSize, cached_base, make_base, one_thread, qu
 from rrhf_peft.demo.comparison import Measured, comparison_table, measure, save_figure, side_by_side
 from rrhf_peft.demo.stories import make_prompts
 from rrhf_peft.files import replace_text, staged_folder
-from rrhf_peft.merge.run import merge_adapter
+from rrhf_peft.merge.run import MergeReport, merge_adapter
 from rrhf_peft.modeling import load_base_model, load_tokenizer
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import Recipe, make_recipe, recipe_text
@@ -36,7 +36,7 @@ from rrhf_peft.sample.transformers_policy import sample_top_p
 from rrhf_peft.score.rule import load_rule
 from rrhf_peft.train.run import train_recipe
 
-RULE = "rrhf_peft.demo.cheerfulness:cheerfulness"
+RULE = "rrhf_peft.demo.stories:cheerfulness"
 TOP_P = 0.95
 SEED = 0
 _MADE_BY = "rrhf-peft demo"
@@ -126,129 +126,147 @@ def run_demo(output: Path | str, *, size: DemoSize = FULL, console: Console | No
     """
     output, console = Path(output), console or terminal()
     _claim(output)
+    steps = _Steps(output, size, console)
     with quiet_libraries(), one_thread():
-        outcome, merge_report = _run(output, size, console)
-    before, after, seconds = outcome.before, outcome.after, outcome.seconds
+        steps.make_base()
+        steps.sample_and_score()
+        steps.train()
+        merge_report = steps.merge()
+        before, after = steps.measure()
+    outcome = DemoOutcome(output, before, after, steps.mean_of_max, steps.seconds)
     report = {
         "made_by": _MADE_BY,
         "version": __version__,
         "finished": True,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
         "mean_of_group_max": outcome.mean_of_max,
         "before": asdict(before),
         "after": asdict(after),
-        "merge": merge_report,
+        "merge": merge_report.to_dict(),
     }
     replace_text(output / "report.json", json.dumps(report, indent=2) + "\n")
-    picture = ""
-    if importlib.util.find_spec("matplotlib") is not None:
+    has_picture = importlib.util.find_spec("matplotlib") is not None
+    if has_picture:
         save_figure(output / "before_after.png", before, after, outcome.mean_of_max, output / "run")
-        picture = f", a picture in {output}/before_after.png"
-    console.print(comparison_table(before, after, outcome.mean_of_max))
-    _note(
-        console,
-        "More reward is worth something only while the texts stay language: collapsed ones would show as a "
-        "perplexity many times the base's, or as few different word pairs.",
-    )
-    console.print()
-    for part in side_by_side(draw_prompts(size)[1], before, after, count=3):
-        console.print(part)
-    console.print()
-    console.print(_next_steps(output), soft_wrap=True)  # commands stay whole for copying
-    console.print()
-    _note(console, f"{sum(seconds.values()):.0f} s in all. Every number is in {output}/report.json{picture}.")
+    _show(outcome, draw_prompts(size)[1], console, has_picture=has_picture)
     return outcome
 
 
-def _run(output: Path, size: DemoSize, console: Console) -> tuple[DemoOutcome, dict[str, Any]]:
-    """The five steps; returns the outcome and the merge report."""
-    rule, seconds = load_rule(RULE), dict[str, float]()
-    prompts, heldout = draw_prompts(size)
+class _Steps:
+    """The five steps in order; each leaves in `self` what later ones need, and its seconds in `seconds`."""
 
-    def sampled(model: Any, prompts: list[str], k: int, title: str, seed: int) -> list[list[str]]:
-        with _bar(console, title, len(prompts) * k, unit="responses") as advance:
+    def __init__(self, output: Path, size: DemoSize, console: Console) -> None:
+        self.output, self.size, self.console = output, size, console
+        self.rule = load_rule(RULE)
+        self.prompts, self.heldout = draw_prompts(size)
+        self.seconds: dict[str, float] = {}
+
+    def make_base(self) -> None:
+        """A copy of the cached base model, which is made first where there is none."""
+        with self._step(
+            "base",
+            "A base model",
+            "A small Llama that writes little stories, made on this machine from text that this project generates. "
+            "The same beginning may turn out cheerful, plain or sad.",
+        ):
+            cached = cached_base(self.size.base, seed=SEED)
+            if cached.is_dir():
+                _note(self.console, f"made before: {cached}")
+            else:
+                with _bar(self.console, "training steps", self.size.base.steps, unit="steps") as advance:
+                    make_base(self.size.base, seed=SEED, progress=lambda step, loss: advance(1))
+            with staged_folder(self.output / "base", overwrite=True) as staging:
+                shutil.copytree(cached, staging, dirs_exist_ok=True)
+
+    def sample_and_score(self) -> None:
+        """Ranked groups of the base's samples, to train on and held out."""
+        with self._step(
+            "sampling",
+            "Candidates and their scores",
+            f"The base, held in 4 bits (NF4), continues {len(self.prompts)} beginnings {self.size.k} times each. A "
+            "rule scores how cheerful each continuation is: it stands in for your reward model, judge or annotators.",
+        ):
+            self.tokenizer = load_tokenizer(self.output / "base")
+            self.base = load_base_model(self.output / "base", quantization="nf4")
+            train = self._ranked(self.prompts, self.size.k, "training samples", SEED)
+            self.heldout_groups = self._ranked(self.heldout, self.size.heldout_k, "held-out samples", SEED + 1)
+            write_ranked(self.output / "ranked.jsonl", train)
+            write_ranked(self.output / "heldout.jsonl", self.heldout_groups)
+            self.mean_of_max = sum(max(group.known_scores) for group in train) / len(train)
+
+    def train(self) -> None:
+        """As a user would, from a recipe."""
+        with self._step(
+            "training",
+            "QLoRA with RRHF",
+            "A LoRA adapter learns from the ranked groups: better responses should be likelier than worse ones "
+            "(ranking loss), and the best one is imitated (fine-tuning loss). Just as "
+            f"`rrhf-peft train {self.output}/recipe.yaml`.",
+        ):
+            recipe = demo_recipe(self.output, self.size)
+            replace_text(self.output / "recipe.yaml", recipe_text(recipe))
+            train_recipe(recipe, console=self.console)
+
+    def merge(self) -> MergeReport:
+        """Standalone weights, loaded back without PEFT."""
+        with self._step(
+            "merging",
+            "Standalone weights",
+            "The adapter is added to the dequantised base, and the result is compared with what was trained. It loads "
+            "without PEFT or bitsandbytes.",
+        ):
+            report = merge_adapter(self.output / "run", self.output / "merged", overwrite=True)
+            self.merged = AutoModelForCausalLM.from_pretrained(self.output / "merged")
+        self.console.print(report)
+        return report
+
+    def measure(self) -> tuple[Measured, Measured]:
+        """The base and the merged model on the held-out prompts."""
+        with self._step(
+            "measuring",
+            "Before and after",
+            f"The base and the merged model on {len(self.heldout)} beginnings that training never saw, "
+            f"{self.size.heldout_k} samples each.",
+        ):
+            texts = self._sampled(self.merged, self.heldout, self.size.heldout_k, "samples after training", SEED + 2)
+            ranked, _ = tokenize_groups(self.heldout_groups, self.tokenizer, max_tokens=self.size.base.context)
+            policies = ((self.base, [group.responses for group in self.heldout_groups]), (self.merged, texts))
+            shared: dict[str, Any] = {
+                "rule": self.rule,
+                "judge": self.base,
+                "tokenizer": self.tokenizer,
+                "ranked": ranked,
+            }
+            before, after = (measure(policy, said, prompts=self.heldout, **shared) for policy, said in policies)
+        return before, after
+
+    def _sampled(self, model: Any, prompts: list[str], k: int, title: str, seed: int) -> list[list[str]]:
+        with _bar(self.console, title, len(prompts) * k, unit="responses") as advance:
             return sample_top_p(
                 model,
-                tokenizer,
+                self.tokenizer,
                 prompts,
                 k=k,
                 top_p=TOP_P,
-                max_new_tokens=size.max_new_tokens,
-                batch_size=size.sampling_batch,
+                max_new_tokens=self.size.max_new_tokens,
+                batch_size=self.size.sampling_batch,
                 seed=seed,
                 progress=advance,
             )
 
-    def ranked(prompts: list[str], k: int, title: str, seed: int) -> list[RankedGroup]:
-        pairs = zip(prompts, sampled(base, prompts, k, title, seed), strict=True)
-        return [RankedGroup(prompt, texts, rule(prompt, texts), ["top_p:base"] * k) for prompt, texts in pairs]
+    def _ranked(self, prompts: list[str], k: int, title: str, seed: int) -> list[RankedGroup]:
+        pairs = zip(prompts, self._sampled(self.base, prompts, k, title, seed), strict=True)
+        return [RankedGroup(prompt, texts, self.rule(prompt, texts), ["top_p:base"] * k) for prompt, texts in pairs]
 
-    with _step(
-        console,
-        seconds,
-        "base",
-        "A base model",
-        "A small Llama that writes little stories, made on this machine from text that this project generates. "
-        "The same beginning may turn out cheerful, plain or sad.",
-    ):
-        _copy_base(output / "base", size, console)
-
-    with _step(
-        console,
-        seconds,
-        "sampling",
-        "Candidates and their scores",
-        f"The base, held in 4 bits (NF4), continues {len(prompts)} beginnings {size.k} times each. A rule scores how "
-        "cheerful each continuation is: it stands in for your reward model, judge or annotators.",
-    ):
-        tokenizer = load_tokenizer(output / "base")
-        base = load_base_model(output / "base", quantization="nf4")
-        train_groups = ranked(prompts, size.k, "training samples", SEED)
-        heldout_groups = ranked(heldout, size.heldout_k, "held-out samples", SEED + 1)
-        write_ranked(output / "ranked.jsonl", train_groups)
-        write_ranked(output / "heldout.jsonl", heldout_groups)
-        mean_of_max = sum(max(group.known_scores) for group in train_groups) / len(train_groups)
-
-    with _step(
-        console,
-        seconds,
-        "training",
-        "QLoRA with RRHF",
-        "A LoRA adapter learns from the ranked groups: better responses should be likelier than worse ones (ranking "
-        f"loss), and the best one is imitated (fine-tuning loss). Just as `rrhf-peft train {output}/recipe.yaml`.",
-    ):
-        recipe = demo_recipe(output, size)
-        replace_text(output / "recipe.yaml", recipe_text(recipe))
-        train_recipe(recipe, console=console)
-
-    with _step(
-        console,
-        seconds,
-        "merging",
-        "Standalone weights",
-        "The adapter is added to the dequantised base, and the result is compared with what was trained. It loads "
-        "without PEFT or bitsandbytes.",
-    ):
-        merge_report = merge_adapter(output / "run", output / "merged", overwrite=True)
-        merged = AutoModelForCausalLM.from_pretrained(output / "merged")
-    console.print(merge_report)
-
-    with _step(
-        console,
-        seconds,
-        "measuring",
-        "Before and after",
-        f"The base and the merged model on {len(heldout)} beginnings that training never saw, {size.heldout_k} samples "
-        "each.",
-    ):
-        after_texts = sampled(merged, heldout, size.heldout_k, "samples after training", SEED + 2)
-        scored, _ = tokenize_groups(heldout_groups, tokenizer, max_tokens=size.base.context)
-        before_texts = [group.responses for group in heldout_groups]
-        before, after = (
-            measure(policy, texts, prompts=heldout, rule=rule, judge=base, tokenizer=tokenizer, ranked=scored)
-            for policy, texts in ((base, before_texts), (merged, after_texts))
-        )
-    return DemoOutcome(output, before, after, mean_of_max, seconds), merge_report.to_dict()
+    @contextlib.contextmanager
+    def _step(self, name: str, title: str, explanation: str) -> Iterator[None]:
+        """Print a step's heading, with a sentence or two on what happens and why, and take its time."""
+        self.console.print()
+        self.console.print(Text.assemble((f"{len(self.seconds) + 1}/{_STEPS} ", "cyan"), (title, "bold")))
+        self.console.print(Padding(Text(explanation, style="dim"), (0, 0, 0, 4), expand=False))
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
 
 
 def draw_prompts(size: DemoSize) -> tuple[list[str], list[str]]:
@@ -299,30 +317,26 @@ def _is_a_demo_report(path: Path) -> bool:
     return isinstance(report, dict) and report.get("made_by") == _MADE_BY
 
 
-def _copy_base(folder: Path, size: DemoSize, console: Console) -> None:
-    """A copy of the cached base model, which is made first where there is none."""
-    cached = cached_base(size.base, seed=SEED)
-    if cached.is_dir():
-        _note(console, f"made before: {cached}")
-    else:
-        with _bar(console, "training steps", size.base.steps, unit="steps") as advance:
-            make_base(size.base, seed=SEED, progress=lambda step, loss: advance(1))
-    with staged_folder(folder, overwrite=True) as staging:
-        shutil.copytree(cached, staging, dirs_exist_ok=True)
-
-
 # ---- What the terminal shows ----
 
 
-@contextlib.contextmanager
-def _step(console: Console, seconds: dict[str, float], name: str, title: str, explanation: str) -> Iterator[None]:
-    """Print a step's heading, with a sentence or two on what happens and why, and take its time."""
+def _show(outcome: DemoOutcome, heldout: list[str], console: Console, *, has_picture: bool) -> None:
+    """The numbers, a few texts side by side, and what to type next."""
+    output = outcome.output
+    console.print(comparison_table(outcome.before, outcome.after, outcome.mean_of_max))
+    _note(
+        console,
+        "More reward is worth something only while the texts stay language: collapsed ones would show as a "
+        "perplexity many times the base's, or as few different word pairs.",
+    )
     console.print()
-    console.print(Text.assemble((f"{len(seconds) + 1}/{_STEPS} ", "cyan"), (title, "bold")))
-    console.print(Padding(Text(explanation, style="dim"), (0, 0, 0, 4), expand=False))
-    started = time.monotonic()
-    yield
-    seconds[name] = time.monotonic() - started
+    for part in side_by_side(heldout, outcome.before, outcome.after, count=3):
+        console.print(part)
+    console.print()
+    console.print(_next_steps(output), soft_wrap=True)  # commands stay whole for copying
+    console.print()
+    picture = f", a picture in {output}/before_after.png" if has_picture else ""
+    _note(console, f"{sum(outcome.seconds.values()):.0f} s in all. Every number is in {output}/report.json{picture}.")
 
 
 @contextlib.contextmanager

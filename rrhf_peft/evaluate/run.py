@@ -23,7 +23,7 @@ from rrhf_peft.evaluate.numbers import EVALUATION, Evaluation, make_numbers, rea
 from rrhf_peft.files import replace_text
 from rrhf_peft.jobs import exclusive, launched_processes, whole_models
 from rrhf_peft.recipe import Recipe, recipe_text
-from rrhf_peft.recipe.scoring import JudgeScorer
+from rrhf_peft.recipe.stages import JudgeScorer
 from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import score_recipe
 

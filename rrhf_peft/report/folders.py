@@ -99,11 +99,12 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def read_runs(paths: Sequence[Path]) -> Runs:
-    """Read every folder; one given twice counts once.
+    """Read every folder, and the folders inside of one that `compare` made; one given twice counts once.
 
     Raises:
         UserError: a folder is none of those that can be reported on, or is damaged.
     """
+    paths = [one for path in paths for one in (_inside(path) or [path])]
     paths = list({path.resolve(): path for path in paths}.values())
     kinds: dict[str, dict[str, Path]] = {kind: {} for kind in _KNOWN_BY}
     for name, path in zip(run_names(paths), paths, strict=True):
@@ -156,10 +157,20 @@ def read_training_run(path: Path) -> TrainingRun:
     )
 
 
+def _inside(path: Path) -> list[Path]:
+    """The folders to report on inside of one that is none itself."""
+    if not path.is_dir() or _kind_of(path) is not None:
+        return []
+    return sorted(one for one in path.iterdir() if one.is_dir() and _kind_of(one) is not None)
+
+
+def _kind_of(path: Path) -> str | None:
+    return next((kind for kind, files in _KNOWN_BY.items() if all((path / file).is_file() for file in files)), None)
+
+
 def _kind(path: Path) -> str:
-    for kind, files in _KNOWN_BY.items():
-        if all((path / file).is_file() for file in files):
-            return kind
+    if (kind := _kind_of(path)) is not None:
+        return kind
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder. Give the folder of a training run, evaluation or rounds.")
     raise UserError(

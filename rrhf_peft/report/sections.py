@@ -12,16 +12,19 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from rrhf_peft.evaluate.numbers import Evaluation
 from rrhf_peft.evaluate.plots import evaluation_plots
 from rrhf_peft.evaluate.statistics import Interval
-from rrhf_peft.evaluate.table import columns, duration, note
+from rrhf_peft.evaluate.table import Column, columns, duration, note
 from rrhf_peft.plotting import WIDTH, Style, figure_bytes, styles
 from rrhf_peft.report.folders import RoundsRun, TrainingRun, is_number
 from rrhf_peft.report.plots import Curve, curves_figure, k_figure, rounds_figure, smoothing_window
+from rrhf_peft.train.run_folder import flat_items
 
 MISSING = "–"
 _EXAMPLES = 8
@@ -86,23 +89,19 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def table(
-    first: str,
-    names: Sequence[str],
-    columns: Mapping[str, Sequence[str]],
-    meanings: Mapping[str, str],
-    look: Mapping[str, Style] | None = None,
+    first: str, names: Sequence[str], shown: Sequence[Column], look: Mapping[str, Style] | None = None
 ) -> dict[str, Any] | None:
     """A row for each name, in its colour; columns without a single number are left out, and None if none is left."""
-    kept = {title: cells for title, cells in columns.items() if any(cell not in (MISSING, "") for cell in cells)}
+    kept = [column for column in shown if any(cell not in (MISSING, "") for cell in column.cells.values())]
     if not kept:
         return None
     return {
-        "columns": [first, *kept],
+        "columns": [first, *(column.title for column in kept)],
         "rows": [
-            (look[name].color if look else None, [name, *(cells[index] for cells in kept.values())])
-            for index, name in enumerate(names)
+            (look[name].color if look else None, [name, *(column.cells.get(name, MISSING) for column in kept)])
+            for name in names
         ],
-        "legend": [(title, meanings[title]) for title in kept if meanings.get(title)],
+        "legend": [(column.title, column.meaning) for column in kept if column.meaning],
     }
 
 
@@ -130,19 +129,18 @@ def rounds_section(name: str, rounds: RoundsRun, anchor: str) -> dict[str, Any]:
             f"Held-out reward went from {then} ({first}) to {now} ({last}); it rose in {rises} of "
             f"{len(measured) - 1} rounds."
         )
-    shown = {
-        "groups": [number(row.get("groups"), ",.0f") for row in rows],
-        "candidates": [number(row.get("candidates"), ".3f") for row in rows],
-        "the policy's candidates": [number(row.get("own"), ".3f") for row in rows],
-        "mean of max": [number(value, ".3f") for value in best],
-        "held-out reward": [MISSING if value is None else format(value, ".3f") for value in rewards],
-        "perplexity": [number(row.get("perplexity")) for row in rows],
-    }
-    meanings = {
-        "candidates": "mean score of the responses that the policy was trained on",
-        "the policy's candidates": "of those that the policy before it wrote",
-        "mean of max": "mean over groups of the best score",
-    }
+
+    def column(title: str, key: str, form: str, meaning: str = "") -> Column:
+        return Column(title, meaning, {str(row["policy"]): number(row.get(key), form) for row in rows})
+
+    shown = [
+        column("groups", "groups", ",.0f"),
+        column("candidates", "candidates", ".3f", "mean score of the responses that the policy was trained on"),
+        column("the policy's candidates", "own", ".3f", "of those that the policy before it wrote"),
+        column("mean of max", "mean_of_max", ".3f", "mean over groups of the best score"),
+        Column("held-out reward", "", {name: format(value, ".3f") for name, value in measured}),
+        column("perplexity", "perplexity", ".2f"),
+    ]
     pictures = []
     if len(measured) + sum(value is not None for value in best) > 1:
         label = rounds.evaluation.numbers.headline if rounds.evaluation is not None else None
@@ -153,7 +151,7 @@ def rounds_section(name: str, rounds: RoundsRun, anchor: str) -> dict[str, Any]:
         )
         figure = rounds_figure(policies, rewards, best, label=label or "the scorer")
         pictures.append(picture(figure, f"Reward by round. {described}.", caption))
-    part = {"text": text, "table": table("policy", policies, shown, meanings), "pictures": pictures}
+    part = {"text": text, "table": table("policy", policies, shown), "pictures": pictures}
     return {"title": f"Rounds: {name}", "anchor": anchor, "parts": [part]}
 
 
@@ -180,11 +178,7 @@ def evaluation_section(
     parts: list[dict[str, Any]] = []
     for heading, shown in (("", worth), ("More about texts and order", more)):
         if shown:
-            cells = {column.title: [column.cells.get(name, MISSING) for name in names] for column in shown}
-            meanings = {column.title: column.meaning for column in shown}
-            parts.append(
-                {"table": table("policy", names, cells, meanings, look)} | ({"heading": heading} if heading else {})
-            )
+            parts.append({"table": table("policy", names, shown, look)} | ({"heading": heading} if heading else {}))
     if not parts and not pictures:
         return None
     parts[0]["text"] = _result(evaluation)
@@ -324,8 +318,19 @@ def training_section(runs: Mapping[str, TrainingRun], look: Mapping[str, Style],
 
 
 def recipes_section(runs: Mapping[str, TrainingRun], anchor: str) -> dict[str, Any]:
-    """The resolved recipe of every run, folded."""
-    parts = [{"folded": {"title": f"Recipe of {name}", "text": run.recipe_text}} for name, run in runs.items()]
+    """In what the recipes of several runs differ, and the resolved recipe of every run, folded."""
+    flat = {name: dict(flat_items(run.recipe)) for name, run in runs.items()}
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    different = {
+        key: {name: str(values.get(key, MISSING)) for name, values in flat.items()}
+        for key in keys
+        if key != "training.output_dir" and len({str(values.get(key)) for values in flat.values()}) > 1
+    }
+    parts: list[dict[str, Any]] = []
+    if different:
+        shown = [Column(name, "", {key: cells[name] for key, cells in different.items()}) for name in runs]
+        parts.append({"heading": "What differs", "table": table("key", list(different), shown)})
+    parts += [{"folded": {"title": f"Recipe of {name}", "text": run.recipe_text}} for name, run in runs.items()]
     return {"title": "Recipes", "anchor": anchor, "parts": parts}
 
 
@@ -342,34 +347,51 @@ def training_in_words(runs: Mapping[str, TrainingRun]) -> list[str]:
 
 def _runs_table(runs: Mapping[str, TrainingRun], look: Mapping[str, Style]) -> tuple[list[str], dict[str, Any] | None]:
     """What all runs have in common in a sentence, and what differs, or was measured, in a table."""
-    described = {
-        "objective": [_objective(run) for run in runs.values()],
-        "model": [_model(run) for run in runs.values()],
-        "groups": [number(run.data.get("train", {}).get("groups_kept"), ",") for run in runs.values()],
-        "steps": [f"{run.last_step():,}" for run in runs.values()],
-    }
-    shared = {title: cells[0] for title, cells in described.items() if len(set(cells)) == 1}
-    speeds = [sorted(run.series("groups_per_second")[1]) for run in runs.values()]
-    seconds = [run.closing.get("train_runtime") for run in runs.values()]
-    peaks = [max(run.series("peak_memory_gib")[1], default=None) for run in runs.values()]
-    measured = {
-        "loss": [_change(run.series("loss")[1], ".3f") for run in runs.values()],
-        "pairs right": [_change(run.series("pair_accuracy")[1], ".0%") for run in runs.values()],
-        "held out": [_first_last(run.series("pair_accuracy", held_out=True)[1]) for run in runs.values()],
-        "groups/s": [number(values[len(values) // 2], ",.0f") if values else MISSING for values in speeds],
-        "time": [duration(value) if is_number(value) else "not ended" for value in seconds],
-        "peak memory": [number(value, ".1f", " GiB") for value in peaks],
-    }
-    meanings = {
-        "loss": "means of the first and the last tenth of the logged steps",
-        "pairs right": "share of training pairs ordered right, the same means",
-        "held out": "share of held-out pairs ordered right, at the first and the last evaluation",
-        "time": "wall time; of a resumed run, since it was resumed",
-    }
-    columns = {title: cells for title, cells in (described | measured).items() if title not in shared}
-    said = "; ".join(f"{title} {value}" for title, value in shared.items() if value != MISSING)
+
+    def column(title: str, cell: Callable[[TrainingRun], str], meaning: str = "") -> Column:
+        return Column(title, meaning, {name: cell(run) for name, run in runs.items()})
+
+    described = [
+        column("objective", _objective),
+        column("model", _model),
+        column("groups", lambda run: number(run.data.get("train", {}).get("groups_kept"), ",")),
+        column("steps", lambda run: f"{run.last_step():,}"),
+    ]
+    measured = [
+        column(
+            "loss",
+            lambda run: _change(run.series("loss")[1], ".3f"),
+            "means of the first and the last tenth of the logged steps",
+        ),
+        column(
+            "pairs right",
+            lambda run: _change(run.series("pair_accuracy")[1], ".0%"),
+            "share of training pairs ordered right, the same means",
+        ),
+        column(
+            "held out",
+            lambda run: _first_last(run.series("pair_accuracy", held_out=True)[1]),
+            "share of held-out pairs ordered right, at the first and the last evaluation",
+        ),
+        column("groups/s", lambda run: number(_median(run.series("groups_per_second")[1]), ",.0f")),
+        column("time", _time, "wall time; of a resumed run, since it was resumed"),
+        column("peak memory", lambda run: number(max(run.series("peak_memory_gib")[1], default=None), ".1f", " GiB")),
+    ]
+    shared = [column for column in described if len(set(column.cells.values())) == 1]
+    values = {column.title: next(iter(column.cells.values())) for column in shared}
+    said = "; ".join(f"{title} {value}" for title, value in values.items() if value != MISSING)
     opening = "The same in all runs" if len(runs) > 1 else next(iter(runs))
-    return [f"{opening}: {said}."] if said else [], table("run", list(runs), columns, meanings, look)
+    shown = [column for column in [*described, *measured] if column not in shared]
+    return [f"{opening}: {said}."] if said else [], table("run", list(runs), shown, look)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def _time(run: TrainingRun) -> str:
+    seconds = run.closing.get("train_runtime")
+    return duration(seconds) if is_number(seconds) else "not ended"
 
 
 def _objective(run: TrainingRun) -> str:
@@ -546,10 +568,9 @@ def _data_part(report: Mapping[str, Any], *, is_training: bool) -> dict[str, Any
     if len(sources) > 1:
         shown = dict(itertools.islice(sources.items(), _SOURCES_SHOWN))
         more = [f"and {len(sources) - len(shown):,} more"] if len(sources) > len(shown) else []
-        counts = [number(source.get("count"), ",") for source in shown.values()]
-        means = [number(source.get("mean_score"), ".3g") for source in shown.values()]
-        columns = {"responses": [*counts, *("" for _ in more)], "mean score": [*means, *("" for _ in more)]}
-        part["table"] = table("source", [*shown, *more], columns, {})
+        counts = Column("responses", "", {name: number(one.get("count"), ",") for name, one in shown.items()})
+        means = Column("mean score", "", {name: number(one.get("mean_score"), ".3g") for name, one in shown.items()})
+        part["table"] = table("source", [*shown, *more], [counts, means])
     return part
 
 

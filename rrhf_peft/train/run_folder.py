@@ -163,8 +163,8 @@ def recipe_changes(folder: Path, recipe: Recipe) -> list[str]:
 
     if not (folder / RECIPE).is_file():
         return []
-    then = _flat(read_recipe(folder / RECIPE)[1])
-    now = _flat(yaml.safe_load(recipe_text(recipe)))
+    then = dict(flat_items(read_recipe(folder / RECIPE)[1]))
+    now = dict(flat_items(yaml.safe_load(recipe_text(recipe))))
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
@@ -327,14 +327,11 @@ def _is_whole_archive(path: Path) -> bool:
         return False
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    return dict(_items(values, prefix))
-
-
-def _items(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flat_items(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`section.key`, value) of everything that a recipe sets."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _items(value, f"{prefix}{key}.")
+            yield from flat_items(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", value
 

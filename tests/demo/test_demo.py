@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrhf_peft.data import read_groups
-from rrhf_peft.demo.cheerfulness import cheerfulness
 from rrhf_peft.demo.run import TINY, DemoOutcome, draw_prompts, run_demo
+from rrhf_peft.demo.stories import cheerfulness
 from rrhf_peft.recipe import load_recipe
 from rrhf_peft.records import UserError
 

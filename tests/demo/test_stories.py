@@ -5,8 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from rrhf_peft.demo.cheerfulness import CHEERFUL, GLOOMY, cheerfulness
-from rrhf_peft.demo.stories import MOOD_SHARES, MOODS, PEOPLE, make_prompts, make_stories
+from rrhf_peft.demo.stories import (
+    CHEERFUL,
+    GLOOMY,
+    MOOD_SHARES,
+    MOODS,
+    PEOPLE,
+    cheerfulness,
+    make_prompts,
+    make_stories,
+)
 
 STORIES = make_stories(2000, seed=5)
 

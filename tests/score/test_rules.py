@@ -220,7 +220,7 @@ def test_the_fingerprint_of_a_rule_follows_its_code_and_the_modules_beside_it(tm
     assert rule_source("my_two_files:rule") == first
     (tmp_path / "rule_parts.py").write_text("def worth(text): return -len(text)")
     assert rule_source("my_two_files:rule") != first
-    assert rule_source("rrhf_peft.score:vader") != rule_source("rrhf_peft.demo.cheerfulness:cheerfulness")
+    assert rule_source("rrhf_peft.score:vader") != rule_source("rrhf_peft.demo.stories:cheerfulness")
 
 
 def test_vader_orders_sentiment_and_stays_within_one() -> None:
