@@ -45,9 +45,6 @@ def columns(numbers: Numbers) -> tuple[list[Column], list[Column]]:
     def preference(key: str) -> Callable[[PolicyNumbers], Any]:
         return lambda policy: getattr(policy.preference, key, None)
 
-    def training(key: str) -> Callable[[PolicyNumbers], Any]:
-        return lambda policy: getattr(policy.train, key, None)
-
     labels = dict.fromkeys(label for policy in policies.values() for label in policy.rewards)
     bootstrap = f"mean over prompts with its {per_interval}bootstrap interval"
     worth = [
@@ -69,8 +66,9 @@ def columns(numbers: Numbers) -> tuple[list[Column], list[Column]]:
             preference("pair_accuracy"),
             "share of labelled pairs that the policy's own log-prob per token orders right",
         ),
-        *_wins(numbers),
     ]
+    wins, at_equal_length = _wins(numbers)
+    worth += wins
     sizes = dict.fromkeys(size for policy in policies.values() for size in policy.best_of_n.get(str(headline), {}))
     more = [
         column(
@@ -81,6 +79,7 @@ def columns(numbers: Numbers) -> tuple[list[Column], list[Column]]:
         for size in sizes
         if size != "1"
     ]
+    more += at_equal_length
     more += [
         column("Kendall's tau", ".3f", preference("kendall_tau"), "of labelled scores and the policy's log-probs"),
         column("best found", ".0%", preference("best_hit_rate"), "groups whose best response is the likeliest"),
@@ -91,11 +90,13 @@ def columns(numbers: Numbers) -> tuple[list[Column], list[Column]]:
         column("tokens", ".1f", lambda policy: policy.tokens, "mean length of an answer"),
         column("unfinished", ".0%", lambda policy: policy.unfinished, "answers cut at the limit"),
     ]
-    seconds = {name: policy.train.seconds for name, policy in policies.items() if policy.train is not None}
-    took = {name: duration(value) for name, value in seconds.items() if value is not None and _is_finite(value)}
-    more += [Column("training", "wall time", took)]
-    memory = column("peak memory", ".1f", training("peak_memory_gib"), "of training")
-    more += [memory._replace(cells={name: f"{cell} GiB" for name, cell in memory.cells.items()})]
+    trained = {name: policy.train for name, policy in policies.items() if policy.train is not None}
+    seconds = {name: duration(train.seconds) for name, train in trained.items() if train.seconds is not None}
+    peaks = {name: train.peak_memory_gib for name, train in trained.items() if train.peak_memory_gib is not None}
+    more += [
+        Column("training", "wall time", seconds),
+        Column("peak memory", "of training", {name: f"{peak:.1f} GiB" for name, peak in peaks.items()}),
+    ]
     return [one for one in worth if one.cells], [one for one in more if one.cells]
 
 
@@ -177,10 +178,11 @@ def _differences(numbers: Numbers) -> list[Column]:
     return [Column(f"more than {numbers.differences[0].against}", "on the same prompts", cells)]
 
 
-def _wins(numbers: Numbers) -> list[Column]:
+def _wins(numbers: Numbers) -> tuple[list[Column], list[Column]]:
+    """Shares and rates against each other policy by each judge; and what the rates would be at equal length."""
     compared = [row for row in numbers.wins if row.prompts != 0 and any(row.shares)]
     judges = dict.fromkeys((row.against, row.by) for row in compared)
-    shown = []
+    shown, controlled = [], []
     for against, by in judges:
         rows = [row for row in compared if (row.against, row.by) == (against, by)]
         name = f"against {against}" + (f", {by}" if len(judges) > 1 else "")
@@ -195,17 +197,16 @@ def _wins(numbers: Numbers) -> list[Column]:
                 "a tie counts half",
                 {row.policy: format(row.win_rate, ".0%") for row in rows if row.win_rate is not None},
             ),
+        ]
+        rates = {row.policy: row.length_controlled_win_rate for row in rows}
+        controlled.append(
             Column(
                 "win rate at equal length" + (f" {name}" if len(judges) > 1 else ""),
                 "by a regression on the difference in length",
-                {
-                    row.policy: f"{row.length_controlled_win_rate:.0%}"
-                    for row in rows
-                    if row.length_controlled_win_rate is not None
-                },
-            ),
-        ]
-    return shown
+                {policy: f"{rate:.0%}" for policy, rate in rates.items() if rate is not None},
+            )
+        )
+    return shown, controlled
 
 
 def _fitting(some: Sequence[Column], room: int) -> list[list[Column]]:

@@ -208,4 +208,5 @@ def _as_policies(training: dict[str, TrainingRun], evaluations: dict[str, Evalua
     for name, run in training.items():
         policy = policies.get(run.path.resolve(), name)
         renamed[name if policy in renamed or (policy != name and policy in training) else policy] = run
-    return renamed
+    order = list(policies.values())
+    return dict(sorted(renamed.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
