@@ -1,42 +1,41 @@
-"""The paper's claims as rules over seeds: each holds, does not hold, or is undecided.
+"""The paper's claims as rules over seeds, with the controls that would refute them: holds, does not hold, or undecided.
 
-A claim has parts. A part is one number for each seed, and a range that the number must lie in. From the seeds'
-numbers comes a 95% interval of their mean (Student's t): the part *holds* where the whole interval lies in the
-range, *does not hold* where the whole interval lies outside of it, and is *undecided* where the interval crosses
-the border, or where there are fewer than two seeds. A claim holds if all parts hold, does not hold if one does
-not, and is undecided otherwise.
+A claim has parts. A part is one number for each seed, and a range that the number must lie in; parts with a `control`
+compare RRHF with what would do as well if the claim were hollow. From the seeds' numbers comes an interval of their
+mean (Student's t), at a level corrected for the number of claims (Bonferroni). The part *holds* where the whole
+interval lies in the range, *does not hold* where the whole interval lies outside of it, and is *undecided* where the
+interval crosses the border, or where there are fewer than two seeds. A claim holds if all parts hold, does not hold if
+one does not, and is undecided otherwise: parts make it harder to hold and not easier, so that claims are what is
+corrected for.
 
-Numbers of the same seed are compared with each other before anything is averaged: they share prompts,
-candidates and pairs.
-
-Left to others: where the numbers come from (`reproduce_results`), how they are shown (`reproduce_document`).
+Numbers of the same seed are compared with each other before anything is averaged: they share prompts, candidates and
+pairs. `without_ranking` puts the run at rank_weight 0 in the place of DP: what would be said if ranking did nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from rrhf_peft.evaluate.statistics import Interval
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
-#: Student's t, two-sided 95%, for 1, 2, 3 ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-#: Doublings of the perplexity under the base, from that of its own text, from which on text counts as fallen apart.
+#: Doublings of the perplexity under the base, and halvings of distinct-2, from those of the base's text, from which on
+#: text counts as fallen apart.
 COLLAPSE = 1.0
 #: What counts as near a goal: nearer to it than to the start, and no further beyond it than that.
 NEAR = (0.5, 1.5)
+#: Points of reward model accuracy that count as a gain: a tenth of the paper's, from 45.13% to 61.75%.
+LEAST_ACCURACY_GAIN = 1.66
 SETTINGS = ("bp", "sp", "dp", "d", "p")
-
-
-class Interval(NamedTuple):
-    """A mean over seeds and its 95% interval; infinitely wide with one seed."""
-
-    mean: float
-    low: float
-    high: float
+#: Setting -> fine-tuning alone on the best of its groups' responses, where that was run.
+SFT_ON_BEST = {"dp": "without_rank", "p": "sft"}
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,20 @@ class Part:
     """One number for each seed, and the range it has to lie in.
 
     Attributes:
-        what: the number, in words.
+        measure: the number, in words.
         values: by seed.
         low: the least that is right.
         high: the most that is right.
+        control: what is compared with, in words; empty where the number stands for itself.
+        comparisons: claims in the table, for which the interval is corrected.
     """
 
-    what: str
+    measure: str
     values: Sequence[float]
     low: float = -math.inf
     high: float = math.inf
+    control: str = ""
+    comparisons: int = 1
 
     @property
     def range(self) -> str:
@@ -63,6 +66,19 @@ class Part:
         if math.isinf(self.low):
             return f"below {self.high:g}"
         return f"{self.low:g} to {self.high:g}"
+
+    @property
+    def interval(self) -> Interval:
+        """Mean over seeds with its corrected interval."""
+        return interval_of(self.values, confidence=1 - 0.05 / self.comparisons)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the interval lies in the range, outside of it, or across its border."""
+        low, high = self.interval.low, self.interval.high
+        if self.low < low and high < self.high:
+            return HOLDS
+        return FAILS if high < self.low or low > self.high else UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -76,27 +92,16 @@ class Claim:
     @property
     def verdict(self) -> str:
         """holds, does not hold, or undecided."""
-        return combined([part_verdict(part) for part in self.parts])
+        return combined([part.verdict for part in self.parts])
 
 
-def interval_of(values: Sequence[float]) -> Interval:
-    """Mean over seeds with its 95% t interval."""
+def interval_of(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean over seeds with its t interval; infinitely wide with one seed."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = _T[min(len(values) - 1, len(_T)) - 1] * math.sqrt(variance / len(values))
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
     return Interval(mean, mean - half, mean + half)
-
-
-def part_verdict(part: Part) -> str:
-    """Whether the interval lies in the part's range, outside of it, or across its border."""
-    _, low, high = interval_of(part.values)
-    if part.low < low and high < part.high:
-        return HOLDS
-    if high < part.low or low > part.high:
-        return FAILS
-    return UNDECIDED
 
 
 def combined(verdicts: Sequence[str]) -> str:
@@ -107,43 +112,124 @@ def combined(verdicts: Sequence[str]) -> str:
 
 
 def all_claims(results: dict[str, Any]) -> list[Claim]:
-    """Every claim with the numbers of a run."""
-    return [rule(results) for rule in RULES]
+    """Every claim with the numbers of a run, corrected for their number."""
+    claims = [rule(results) for rule in RULES]
+    return [
+        replace(claim, parts=tuple(replace(part, comparisons=len(claims)) for part in claim.parts)) for claim in claims
+    ]
+
+
+def without_ranking(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with DP at rank_weight 0 in the place of DP."""
+    return {**results, "rows": {**results["rows"], "dp": results["rows"]["without_rank"]}}
 
 
 def mean_of_max(results: dict[str, Any]) -> Claim:
     """Of the way from the candidates' mean reward to the mean of their groups' maximum: how much is learnt."""
-    by_setting = []
-    for name in SETTINGS:
-        own, reward = results["candidates"][name], results["rows"][name]["reward"]
-        by_setting.append(
-            [
-                (learned - mean) / (best - mean)
-                for learned, mean, best in zip(reward, own["mean"], own["mean_of_max"], strict=True)
-            ]
+    rows = results["rows"]
+    parts = [
+        Part(f"{name.upper()}: share of the way", share_of_the_way(results, name, name), *NEAR) for name in SETTINGS
+    ]
+    parts += [
+        Part(
+            f"{name.upper()}: share of the way, less the control's",
+            _less(share_of_the_way(results, name, name), share_of_the_way(results, name, control)),
+            low=0.0,
+            control="SFT on the groups' best",
         )
-    ways = [math.fsum(own) / len(own) for own in zip(*by_setting, strict=True)]
-    what = "share of the way from the candidates' mean reward to their mean of max, over BP, SP, DP, D and P"
-    return Claim("mean of max", "The learned reward approaches the mean of max.", (Part(what, ways, *NEAR),))
+        for name, control in SFT_ON_BEST.items()
+        if control in rows
+    ]
+    return Claim("mean of max", "The learned reward approaches the mean of max.", tuple(parts))
+
+
+def best_of_n(results: dict[str, Any]) -> Claim:
+    """One draw of the trained policy is about as good as the best of four of the base."""
+    rows = results["rows"]
+    goal = _less(rows["best_of_4"]["reward"], rows["base"]["reward"])
+    ways = {
+        name: [
+            gain / best for gain, best in zip(_less(rows[name]["reward"], rows["base"]["reward"]), goal, strict=True)
+        ]
+        for name in ("dp", "without_rank")
+    }
+    return Claim(
+        "best of n",
+        "RRHF learns the best of n.",
+        (
+            Part("DP, one draw: share of the way from the base to its best of 4", ways["dp"], *NEAR),
+            Part(
+                "the same, less the control's",
+                _less(ways["dp"], ways["without_rank"]),
+                low=0.0,
+                control="SFT on the groups' best",
+            ),
+        ),
+    )
 
 
 def iterations(results: dict[str, Any]) -> Claim:
-    """Each round of sampling and training gives more reward than the one before."""
-    parts = tuple(
-        _gain(results, f"ip_{number}", f"ip_{number - 1}", f"reward of IP-{number} less that of IP-{number - 1}")
-        for number in (2, 3)
+    """Each round of sampling and training gives more reward than the one before, and the text stays text."""
+    return Claim(
+        "iterations",
+        "IP-n keeps improving.",
+        (
+            _gain(results, "ip_2", "ip_1", "reward of IP-2 less that of IP-1"),
+            _gain(results, "ip_3", "ip_2", "reward of IP-3 less that of IP-2"),
+            *_text_stays(results, "ip_3", "IP-3"),
+        ),
     )
-    return Claim("iterations", "IP-n keeps improving.", parts)
 
 
 def ranking(results: dict[str, Any]) -> Claim:
-    """The ranking loss gives more reward than fine-tuning on the best response, and than fine-tuning on the data."""
+    """The ranking loss gives more reward than fine-tuning on the best responses of the same groups."""
     return Claim(
         "ranking loss",
         "The ranking loss beats SFT alone.",
+        tuple(
+            _gain(
+                results,
+                name,
+                control,
+                f"{name.upper()}: reward, less the control's",
+                control="SFT on the groups' best",
+            )
+            for name, control in SFT_ON_BEST.items()
+        ),
+    )
+
+
+def collapse(results: dict[str, Any]) -> Claim:
+    """Without the fine-tuning loss the text falls apart, and with it it does not."""
+    return Claim(
+        "fine-tuning loss",
+        "Without L_ft training collapses.",
         (
-            _gain(results, "dp", "without_rank", "reward of DP less that of DP without L_rank"),
-            _gain(results, "dp", "sft", "reward of DP less that of SFT on the better provided response"),
+            Part(
+                "doublings of perplexity from the base to DP without L_ft",
+                _doublings(results, "perplexity", "without_ft", "base"),
+                low=COLLAPSE,
+            ),
+            Part(
+                "doublings of perplexity from the base to DP",
+                _doublings(results, "perplexity", "dp", "base"),
+                high=COLLAPSE,
+                control="DP with L_ft",
+            ),
+        ),
+    )
+
+
+def own_samples(results: dict[str, Any]) -> Claim:
+    """The policy's own samples beside the data set's responses give more than these alone, whatever the loss."""
+    return Claim(
+        "own samples",
+        "Sampling from the policy helps: DP beats P.",
+        (
+            _gain(results, "dp", "p", "reward of DP less that of P"),
+            _gain(
+                results, "d", "p", "reward of D less that of P", control="as many sources: D has no provided response"
+            ),
         ),
     )
 
@@ -155,66 +241,54 @@ def over_optimisation(results: dict[str, Any]) -> Claim:
         "Online training without KL over-optimises the reward.",
         (
             _gain(results, "op_8", "base", "reward of OP-8 less the base's"),
-            Part("doublings of perplexity from the base to OP-8", _doublings(results, "op_8", "base"), low=COLLAPSE),
+            Part(
+                "doublings of perplexity from the base to OP-8",
+                _doublings(results, "perplexity", "op_8", "base"),
+                low=COLLAPSE,
+            ),
+            Part(
+                "halvings of distinct-2 from the base to OP-8",
+                _doublings(results, "distinct_2", "base", "op_8"),
+                low=COLLAPSE,
+            ),
         ),
     )
 
 
 def kl(results: dict[str, Any]) -> Claim:
-    """Online with KL: likelier text than without, and still more reward than the base."""
+    """Online with KL: the text stays text, and there is more reward than offline training gives."""
     return Claim(
         "KL penalty",
         "A KL penalty tames online training.",
         (
             Part(
-                "doublings of perplexity from the base to OP-8 with KL",
-                _doublings(results, "op_8_kl", "base"),
-                high=COLLAPSE,
+                "doublings of perplexity from the control to OP-8 with KL",
+                _doublings(results, "perplexity", "op_8_kl", "op_8"),
+                high=0.0,
+                control="OP-8 without KL",
             ),
-            Part("doublings of perplexity from OP-8 to OP-8 with KL", _doublings(results, "op_8_kl", "op_8"), high=0.0),
-            _gain(results, "op_8_kl", "base", "reward of OP-8 with KL less the base's"),
+            *_text_stays(results, "op_8_kl", "OP-8 with KL"),
+            _gain(results, "op_8_kl", "dp", "reward of OP-8 with KL, less the control's", control="offline DP"),
         ),
     )
 
 
 def reward_model(results: dict[str, Any]) -> Claim:
-    """The trained policy's p_i orders held-out pairs better than the base's."""
-    gain = _differences(results["rows"]["dp"]["pair_accuracy"], results["rows"]["base"]["pair_accuracy"])
-    what = "pairs ordered right by DP's p_i less those by the base's, in percent of all"
-    part = Part(what, [100 * value for value in gain], low=0.0)
-    return Claim("reward model", "RRHF raises reward model accuracy.", (part,))
-
-
-def best_of_n(results: dict[str, Any]) -> Claim:
-    """One draw of the trained policy is about as good as the best of four of the base."""
+    """The trained policy's p_i orders held-out pairs better than the base's, and better than fine-tuning alone does."""
     rows = results["rows"]
-    best = _differences(rows["best_of_4"]["reward"], rows["base"]["reward"])
-    learned = _differences(rows["dp"]["reward"], rows["base"]["reward"])
-    ways = [own / goal for own, goal in zip(learned, best, strict=True)]
-    part = Part("share of the way from the base's reward to its best of 4 that DP goes with one draw", ways, *NEAR)
-    return Claim("best of n", "RRHF learns the best of n.", (part,))
 
+    def gain(other: str) -> list[float]:
+        return [100 * one for one in _less(rows["dp"]["pair_accuracy"], rows[other]["pair_accuracy"])]
 
-def collapse(results: dict[str, Any]) -> Claim:
-    """Without the fine-tuning loss the text falls apart, and with it it does not."""
+    measure = "points of pairs that DP's p_i orders right, less "
     return Claim(
-        "fine-tuning loss",
-        "Without L_ft training collapses.",
+        "reward model",
+        "RRHF raises reward model accuracy.",
         (
-            Part(
-                "doublings of perplexity from the base to DP without L_ft",
-                _doublings(results, "without_ft", "base"),
-                low=COLLAPSE,
-            ),
-            Part("doublings of perplexity from the base to DP", _doublings(results, "dp", "base"), high=COLLAPSE),
+            Part(f"{measure}the base's", gain("base"), low=LEAST_ACCURACY_GAIN),
+            Part(f"{measure}the control's", gain("without_rank"), low=LEAST_ACCURACY_GAIN, control="DP without L_rank"),
         ),
     )
-
-
-def own_samples(results: dict[str, Any]) -> Claim:
-    """The policy's own samples beside the data set's responses give more than these alone."""
-    part = _gain(results, "dp", "p", "reward of DP less that of P")
-    return Claim("own samples", "Sampling from the policy helps: DP beats P.", (part,))
 
 
 #: In the order of the document.
@@ -231,18 +305,44 @@ RULES = (
 )
 
 
-def _gain(results: dict[str, Any], better: str, worse: str, what: str) -> Part:
+def share_of_the_way(results: dict[str, Any], setting: str, policy: str) -> list[float]:
+    """Of the way from a setting's candidates' mean reward to their mean of max: how far a policy's reward has come."""
+    candidates, rewards = results["candidates"][setting], results["rows"][policy]["reward"]
+    return [
+        (learned - mean) / (best - mean)
+        for learned, mean, best in zip(rewards, candidates["mean"], candidates["mean_of_max"], strict=True)
+    ]
+
+
+def _gain(results: dict[str, Any], better: str, worse: str, measure: str, control: str = "") -> Part:
     """That one row has more reward than another."""
     rows = results["rows"]
-    return Part(what, _differences(rows[better]["reward"], rows[worse]["reward"]), low=0.0)
+    return Part(measure, _less(rows[better]["reward"], rows[worse]["reward"]), low=0.0, control=control)
 
 
-def _differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
+def _text_stays(results: dict[str, Any], name: str, title: str) -> tuple[Part, Part]:
+    """The guards against collapse: perplexity does not double, and distinct-2 does not halve."""
+    return (
+        Part(
+            f"doublings of perplexity from the base to {title}",
+            _doublings(results, "perplexity", name, "base"),
+            high=COLLAPSE,
+            control="guard against collapse",
+        ),
+        Part(
+            f"halvings of distinct-2 from the base to {title}",
+            _doublings(results, "distinct_2", "base", name),
+            high=COLLAPSE,
+            control="guard against collapse",
+        ),
+    )
+
+
+def _less(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [one - other for one, other in zip(first, second, strict=True)]
 
 
-def _doublings(results: dict[str, Any], name: str, other: str) -> list[float]:
-    """log2 of the ratio of perplexities: on this scale seeds spread evenly."""
+def _doublings(results: dict[str, Any], key: str, name: str, other: str) -> list[float]:
+    """log2 of the ratio of two rows: on this scale seeds spread evenly."""
     rows = results["rows"]
-    pairs = zip(rows[name]["perplexity"], rows[other]["perplexity"], strict=True)
-    return [math.log2(own / reference) for own, reference in pairs]
+    return np.log2(np.divide(rows[name][key], rows[other][key])).tolist()

@@ -1,8 +1,7 @@
 """The marked parts of README.md, from `results.json` and `paper_numbers.yaml`.
 
-A part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; everything else is written by hand and stays.
-
-Left to others: the numbers (`reproduce_results`), the verdicts (`reproduce_claims`), the plots (`reproduce_figures`).
+A part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; everything else is written by hand and stays. The
+paper's tables stand row by row beside the rows of this run that they name; a dash means that there is no such figure.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from reproduce_claims import SETTINGS, Part, all_claims, interval_of, part_verdict
+from reproduce_claims import all_claims, interval_of, share_of_the_way, without_ranking
 from reproduce_rows import ROWS
 
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import UserError
 
 NONE = "–"
-#: Row -> the row of `paper_numbers.yaml` that it stands beside.
-IN_PAPER = {"sp": "sp", "dp": "dp", "without_rank": "without_rank", "op_8": "op_32"}
 TITLES = {
     **{name: row.title for name, row in ROWS.items()},
     **{f"ip_{number}": f"RRHF, IP-{number}" for number in (1, 2, 3)},
@@ -80,59 +77,92 @@ def run_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
 
 
 def claims_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
-    """Claim by claim: the verdict, and the numbers that it comes from."""
-    rows = [["claim of the paper", "at small scale", "from", "by seed", "mean [95% interval]", "must be"]]
-    for claim in all_claims(results):
-        for number, part in enumerate(claim.parts):
-            first = number == 0
+    """Claim by claim: the verdict, the control, the numbers that it comes from, and what they are without ranking."""
+    head = ["claim of the paper", "at small scale", "number", "control", "by seed", "mean [interval]", "must be"]
+    rows = [[*head, "part", "at rank_weight 0"]]
+    for claim, unranked in zip(all_claims(results), all_claims(without_ranking(results)), strict=True):
+        for index, (part, then) in enumerate(zip(claim.parts, unranked.parts, strict=True)):
             rows.append(
                 [
-                    claim.says if first else "",
-                    f"**{claim.verdict}**" if first else "",
-                    f"{part.what}: {part_verdict(part)}" if len(claim.parts) > 1 else part.what,
+                    claim.says if index == 0 else "",
+                    f"**{claim.verdict}**" if index == 0 else "",
+                    part.measure,
+                    part.control or NONE,
                     " ".join(f"{value:.2f}" for value in part.values),
-                    _interval(part),
+                    f"{part.interval:.2f}",
                     part.range,
+                    part.verdict,
+                    then.verdict if then.values != part.values else "the same",
                 ]
             )
-    return _markdown(rows, "lllrrr")
+    return _markdown(rows, "llllrrrll")
 
 
 def main_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
-    """The paper's table and ours, side by side."""
-    names = ("base", "best_of_4", "sft", "p", "bp", "sp", "d", "dp")
-    head = ["setting", "paper: reward", "paper: perplexity", "reward", "by seed", "perplexity", "distinct-2", "tokens"]
-    own, good, ppo = results["provided"], paper["rows"]["good"], paper["rows"]["ppo"]
-    rows = [
-        head,
-        ["better response of the data", _number(good["reward"]), _number(good["perplexity"]), *[NONE] * 5],
-        ["the story's own continuation", NONE, NONE, *_mean_and_seeds(own["own"]), *[NONE] * 3],
-        ["the other model's continuation", NONE, NONE, *_mean_and_seeds(own["foreign"]), *[NONE] * 3],
-        ["PPO", _number(ppo["reward"]), _number(ppo["perplexity"]), *[NONE] * 5],
-        *(_row(name, results, paper) for name in names),
-    ]
-    return _markdown(rows, "lrrrrrrr")
+    """The paper's table 2 and ours, side by side; then the rows that only we have."""
+    provided = results["provided"]
+    data = {"Good responses": ("the story's own", "own"), "Bad responses": ("the other model's", "foreign")}
+    rows = [["rho", "setting", *_HEAD]]
+    for row in paper["tables"]["2_hh"]:
+        if row["rho"] in data:
+            title, key = data[row["rho"]]
+            ours = [title, *_mean_and_seeds(provided[key]), *[NONE] * 3]
+        else:
+            ours = _ours(row.get("row"), results)
+        rows.append([row["rho"], row["setting"] or NONE, *_theirs(row), *ours])
+    rows += [[NONE, NONE, NONE, NONE, *_ours(name, results)] for name in ("p", "bp", "d")]
+    return _markdown(rows, "llrrlrrrrr")
 
 
 def settings_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
-    """What the candidates are worth, and what is learnt from them."""
-    rows = [["setting", "candidates: mean", "std", "mean of max", "learned reward", "share of the way"]]
-    for name in SETTINGS:
-        own, learned = results["candidates"][name], results["rows"][name]["reward"]
-        ways = [
-            (reward - mean) / (best - mean)
-            for reward, mean, best in zip(learned, own["mean"], own["mean_of_max"], strict=True)
-        ]
-        columns = [*(_mean(own[key]) for key in ("mean", "std", "mean_of_max")), _spread(learned), _spread(ways, 2)]
-        rows.append([TITLES[name], *columns])
-    return _markdown(rows, "lrrrrr")
+    """Table 6: what the candidates are worth, and what is learnt from them, in the paper and here."""
+    head = ["rho", "setting", "paper: mean", "std", "max", "reward", "perplexity", "share of the way"]
+    rows = [[*head, "here: mean", "std", "max", "reward", "share of the way"]]
+    for row in paper["tables"]["6_sampling"]:
+        way = NONE if row["max"] is None else f"{(row['reward'] - row['mean']) / (row['max'] - row['mean']):.2f}"
+        theirs = [*(_number(row[key]) for key in ("mean", "std", "max", "reward", "perplexity")), way]
+        rows.append([row["rho"], row["setting"], *theirs, *_candidates_of(row.get("row"), results)])
+    sp = _candidates_of("sp", results)
+    return _markdown([*rows, [NONE, "SP", *[NONE] * 6, *sp]], "ll" + "r" * 11)
+
+
+def _candidates_of(name: str | None, results: dict[str, Any]) -> list[str]:
+    if name not in results["rows"]:
+        return [NONE] * 5
+    learned = _spread(results["rows"][name]["reward"])
+    if name not in results["candidates"]:
+        return [NONE, NONE, NONE, learned, NONE]
+    own = results["candidates"][name]
+    means = [_mean(own[key]) for key in ("mean", "std", "mean_of_max")]
+    return [*means, learned, _spread(share_of_the_way(results, name, name), 2)]
 
 
 def losses_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
-    """Ablations and variants of the loss, all on DP's data."""
-    names = ("dp", "without_rank", "without_ft", "variant_paper", "variant_released")
-    head = ["loss", "paper: reward", "paper: perplexity", "reward", "by seed", "perplexity", "distinct-2", "tokens"]
-    return _markdown([head, *(_row(name, results, paper) for name in names)], "lrrrrrrr")
+    """Ablations and variants of the loss, all on DP's data; table 7 beside the two that it has."""
+    rows = [["paper's row", *_HEAD]]
+    rows += [
+        [f"{row['rho']} {row['setting']}", *_theirs(row), *_ours(row["row"], results)]
+        for row in paper["tables"]["7_without_rank"]
+    ]
+    rows += [[NONE] * 3 + _ours(name, results) for name in ("without_ft", "variant_paper", "variant_released")]
+    return _markdown(rows, "lrrlrrrrr")
+
+
+def variants_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
+    """Which arithmetic the paper's own figures look like: how much of RRHF's gain L_rank adds to fine-tuning alone."""
+    rows = results["rows"]
+    theirs = {row["setting"]: row["reward"] for row in paper["tables"]["7_without_rank"]}
+    base = next(row["reward"] for row in paper["tables"]["2_hh"] if row.get("row") == "base")
+    ranked, alone = theirs["BP"], theirs["BP without L_rank"]
+    shown = [["loss", "reward that L_rank adds", "of the whole gain over the base", "perplexity, times the base's"]]
+    shown.append(["the paper, BP", f"{ranked - alone:.2f}", f"{(ranked - alone) / (ranked - base):.0%}", "1.00"])
+    for name in ("variant_paper", "dp", "variant_released"):
+        ours = zip(*(rows[one]["reward"] for one in (name, "without_rank", "base")), strict=True)
+        added = [(reward - without, reward - start) for reward, without, start in ours]
+        times = [own / start for own, start in zip(rows[name]["perplexity"], rows["base"]["perplexity"], strict=True)]
+        share = _percent([gain / whole for gain, whole in added])
+        shown.append([TITLES[name], _spread([gain for gain, _ in added]), share, _mean(times)])
+    return _markdown(shown, "lrrr")
 
 
 def sweep_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
@@ -149,28 +179,67 @@ def sweep_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
 
 def iterations_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
     """IP-n, round by round."""
-    names = ("base", "ip_1", "ip_2", "ip_3")
-    head = ["policy", "paper: reward", "paper: perplexity", "reward", "by seed", "perplexity", "distinct-2", "tokens"]
-    return _markdown([head, *(_row(name, results, paper) for name in names)], "lrrrrrrr")
+    return _of_table_6(("base", "ip_1", "ip_2", "ip_3"), results, paper)
 
 
 def online_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
     """OP-k with and without KL."""
-    names = ("base", "dp", "op_8", "op_8_kl")
-    head = ["policy", "paper: reward", "paper: perplexity", "reward", "by seed", "perplexity", "distinct-2", "tokens"]
-    return _markdown([head, *(_row(name, results, paper) for name in names)], "lrrrrrrr")
+    return _of_table_6(("base", "dp", "op_8", "op_8_kl"), results, paper)
+
+
+def _of_table_6(names: Sequence[str], results: dict[str, Any], paper: dict[str, Any]) -> str:
+    known = {row["row"]: row for row in paper["tables"]["2_hh"] + paper["tables"]["6_sampling"] if "row" in row}
+    rows = [["paper's row", *_HEAD]]
+    for name in names:
+        title = f"{known[name]['rho']} {known[name]['setting'] or ''}".strip()
+        rows.append([title, *_theirs(known[name]), *_ours(name, results)])
+    return _markdown(rows, "lrrlrrrrr")
 
 
 def reward_model_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
-    """Shares of pairs that policies order right."""
-    known = paper["reward_model_accuracy"]
-    rows = [["judge", "paper", "pairs ordered right", "by seed"]]
-    rows.append(["the reward model itself", f"{known['gptj_rm_static']['accuracy']:.2f}%", "100%, by definition", NONE])
-    for name in ("base", "sft", "without_rank", "dp", "ip_3", "op_8", "op_8_kl"):
-        own = results["rows"][name]["pair_accuracy"]
-        said = f"about {known['rrhf']['accuracy']:.2f}%" if name == "dp" else NONE
-        rows.append([f"p_i of {TITLES[name]}", said, _percent(own), " ".join(f"{100 * value:.1f}" for value in own)])
-    return _markdown(rows, "lrrr")
+    """Table 5: shares of pairs that policies order right."""
+    rows = [["paper's row", "paper", "here", "pairs ordered right", "by seed"]]
+    shown = set()
+    for row in paper["tables"]["5_reward_model_accuracy"]:
+        ours = _accuracy(row["row"], results) if "row" in row else [NONE] * 3
+        if row["model"].endswith("gptj-rm-static"):
+            ours = ["the reward model itself", "100%, by definition", NONE]
+        rows.append([row["model"], f"{row['accuracy']:.2f}%", *ours])
+        shown.add(row.get("row"))
+    names = ("sft", "without_rank", "ip_3", "op_8", "op_8_kl")
+    rows += [[NONE, NONE, *_accuracy(name, results)] for name in names if name not in shown]
+    return _markdown(rows, "lrlrr")
+
+
+def _accuracy(name: str, results: dict[str, Any]) -> list[str]:
+    values = results["rows"][name]["pair_accuracy"]
+    return [f"p_i of {TITLES[name]}", _percent(values), " ".join(f"{100 * value:.1f}" for value in values)]
+
+
+def imdb_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
+    """The appendix on IMDB, which this run is modelled on."""
+    rows = [["paper's row", *_HEAD]]
+    for row in paper["tables"]["imdb"]:
+        title = row["method"] + (f", {row['setting']}" if row["setting"] else "")
+        rows.append([title, *_theirs(row, 3), *_ours(row.get("row"), results)])
+    return _markdown(rows, "lrrlrrrrr")
+
+
+def people_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
+    """Tables 3 and 8 and Wombat's: people, samples, another judge. Nothing of them is repeated here."""
+    tables, protocol = paper["tables"], paper["human_protocol"]
+    people = [["people compare", "with", "win", "tie", "lose"]]
+    people += [[row["a"], row["b"], *(str(row[key]) for key in ("win", "tie", "lose"))] for row in tables["3_people"]]
+    judged = [["ChatGPT judges", "score", "score", "of"]]
+    judged += [[row["a"], str(row["score_a"]), str(row["score_b"]), row["b"]] for row in tables["wombat"]]
+    samples = [["method", "samples in training", "at inference"]]
+    samples += [[row["method"], row["training"] or NONE, row["inference"]] for row in tables["8_samples_per_query"]]
+    said = (
+        f"{protocol['comparisons']} pairs were compared, {protocol['pairs_per_worker']} by each worker; of those that "
+        f"several saw, {protocol['same_annotation']}% have the same annotation and {protocol['no_contradiction']}% no "
+        "contradiction."
+    )
+    return "\n\n".join([_markdown(people, "llrrr"), said, _markdown(judged, "lrrl"), _markdown(samples, "lrr")])
 
 
 def seconds_part(results: dict[str, Any], paper: dict[str, Any]) -> str:
@@ -188,10 +257,13 @@ PARTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
     "main": main_part,
     "settings": settings_part,
     "losses": losses_part,
+    "variants": variants_part,
     "sweep": sweep_part,
     "iterations": iterations_part,
     "online": online_part,
     "reward model": reward_model_part,
+    "imdb": imdb_part,
+    "people": people_part,
     "seconds": seconds_part,
 }
 
@@ -199,23 +271,28 @@ PARTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
 # ---- Cells ----
 
 
-def _row(name: str, results: dict[str, Any], paper: dict[str, Any]) -> list[str]:
-    """Title, the paper's numbers, ours."""
-    theirs = paper["rows"].get(IN_PAPER.get(name, ""), {})
-    own = results["rows"][name]
-    further = [_mean(own[key], digits) if key in own else NONE for key, digits in (("distinct_2", 2), ("tokens", 0))]
-    return [
-        TITLES[name],
-        _number(theirs.get("reward")),
-        _number(theirs.get("perplexity")),
-        *_mean_and_seeds(own["reward"]),
-        _range(own["perplexity"]),
-        *further,
-    ]
+#: The paper's two figures, then those of `_ours`.
+_HEAD = (
+    *("paper: reward", "paper: perplexity"),
+    *("here", "reward", "by seed", "perplexity", "distinct-2", "tokens"),
+)
 
 
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2f}".replace("-", "−")
+def _theirs(row: dict[str, Any], digits: int = 2) -> list[str]:
+    return [_number(row["reward"], digits), _number(row["perplexity"], digits)]
+
+
+def _ours(name: str | None, results: dict[str, Any]) -> list[str]:
+    """Title and numbers of one of our rows; dashes where there is none."""
+    if name not in results["rows"]:
+        return [NONE] * 6
+    row = results["rows"][name]
+    further = [_mean(row[key], digits) if key in row else NONE for key, digits in (("distinct_2", 2), ("tokens", 0))]
+    return [TITLES[name], *_mean_and_seeds(row["reward"]), _range(row["perplexity"]), *further]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:
@@ -224,8 +301,9 @@ def _mean(values: Sequence[float], digits: int = 2) -> str:
 
 def _spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and half of the 95% interval over seeds."""
-    mean, low, high = interval_of(values)
-    return f"{mean:.{digits}f}" if len(values) < 2 else f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    estimate = interval_of(values)
+    half = (estimate.high - estimate.low) / 2
+    return f"{estimate.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def _mean_and_seeds(values: Sequence[float]) -> list[str]:
@@ -244,11 +322,6 @@ def _range(values: Sequence[float]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-
-
-def _interval(part: Part) -> str:
-    mean, low, high = interval_of(part.values)
-    return f"{mean:.2f}" if len(part.values) < 2 else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _markdown(rows: Table, align: str) -> str:

@@ -23,34 +23,42 @@ from reproduce_claims import (
     mean_of_max,
     over_optimisation,
     own_samples,
-    part_verdict,
     ranking,
     reward_model,
+    without_ranking,
 )
+
+from rrhf_peft.evaluate.statistics import Interval
 
 #: Three seeds in which every claim holds.
 GOOD: dict[str, Any] = {
     "rows": {
         "base": {"reward": [0.40, 0.41, 0.42], "perplexity": [18.0, 17.5, 18.5], "pair_accuracy": [0.50, 0.51, 0.50]},
         "best_of_4": {"reward": [0.80, 0.80, 0.81], "perplexity": [17.0, 17.0, 17.5]},
-        "sft": {"reward": [0.55, 0.56, 0.54]},
+        "sft": {"reward": [0.55, 0.56, 0.56]},
         "bp": {"reward": [0.80, 0.79, 0.80]},
         "sp": {"reward": [0.80, 0.81, 0.80]},
         "dp": {"reward": [0.78, 0.79, 0.78], "perplexity": [19.0, 19.5, 19.0], "pair_accuracy": [0.70, 0.69, 0.71]},
         "d": {"reward": [0.80, 0.79, 0.80]},
-        "p": {"reward": [0.60, 0.59, 0.61]},
-        "without_rank": {"reward": [0.70, 0.70, 0.69]},
+        "p": {"reward": [0.68, 0.69, 0.69]},
+        "without_rank": {
+            "reward": [0.70, 0.70, 0.69],
+            "perplexity": [18.0, 18.5, 18.0],
+            "pair_accuracy": [0.55, 0.54, 0.55],
+        },
         "without_ft": {"perplexity": [400.0, 900.0, 300.0]},
         "ip_1": {"reward": [0.78, 0.79, 0.78]},
         "ip_2": {"reward": [0.85, 0.86, 0.86]},
-        "ip_3": {"reward": [0.90, 0.92, 0.91]},
+        "ip_3": {"reward": [0.90, 0.92, 0.91], "perplexity": [19.0, 19.5, 19.0]},
         "op_8": {"reward": [0.93, 0.94, 0.95], "perplexity": [80.0, 90.0, 85.0]},
-        "op_8_kl": {"reward": [0.75, 0.76, 0.74], "perplexity": [20.0, 21.0, 20.0]},
+        "op_8_kl": {"reward": [0.85, 0.86, 0.84], "perplexity": [20.0, 21.0, 20.0]},
     },
     "candidates": {
         name: {"mean": [0.45, 0.46, 0.45], "mean_of_max": [0.85, 0.86, 0.85]} for name in ("bp", "sp", "dp", "d", "p")
     },
 }
+for name, distinct in {"base": 0.5, "ip_3": 0.4, "op_8": 0.02, "op_8_kl": 0.4}.items():
+    GOOD["rows"][name]["distinct_2"] = [distinct, 1.02 * distinct, 0.99 * distinct]
 
 
 def changed(**rows: dict[str, list[float]]) -> dict[str, Any]:
@@ -69,10 +77,10 @@ CASES: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     best_of_n: (
         changed(dp={"reward": [0.42, 0.43, 0.44]}),
-        changed(dp={"reward": [0.42, 0.78, 0.60]}),
+        changed(without_rank={"reward": [0.70, 0.90, 0.69]}),
     ),
     iterations: (
-        changed(ip_3={"reward": [0.80, 0.81, 0.81]}),
+        changed(ip_3={"distinct_2": [0.1, 0.11, 0.1]}),  # more reward, by the same few words
         changed(ip_3={"reward": [0.80, 0.90, 0.91]}),
     ),
     ranking: (
@@ -96,7 +104,7 @@ CASES: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = {
         changed(op_8_kl={"reward": [0.30, 0.60, 0.50]}),
     ),
     reward_model: (
-        changed(dp={"pair_accuracy": [0.40, 0.41, 0.40]}),
+        changed(without_rank={"pair_accuracy": [0.70, 0.69, 0.71]}),  # fine-tuning alone does as much
         changed(dp={"pair_accuracy": [0.40, 0.60, 0.55]}),
     ),
 }
@@ -123,6 +131,23 @@ def test_a_single_seed_decides_nothing() -> None:
     assert {claim.verdict for claim in all_claims(one)} == {UNDECIDED}
 
 
+def test_intervals_are_corrected_for_the_number_of_claims() -> None:
+    for claim in all_claims(GOOD):
+        for part in claim.parts:
+            assert part.comparisons == len(RULES)
+            assert part.interval == interval_of(part.values, confidence=1 - 0.05 / len(RULES))
+    narrow = Part("a number", [0.1, 0.2, 0.15], low=0.0)
+    assert narrow.verdict == HOLDS
+    assert Part("a number", narrow.values, low=0.0, comparisons=9).verdict == UNDECIDED
+
+
+def test_if_ranking_did_nothing_its_claims_would_not_hold() -> None:
+    unranked = without_ranking(GOOD)
+    assert [rule(unranked).verdict for rule in (best_of_n, ranking)] == [UNDECIDED, UNDECIDED]
+    assert reward_model(unranked).verdict == FAILS
+    assert mean_of_max(unranked).verdict != HOLDS
+
+
 def test_every_claim_has_a_name_of_its_own_and_says_something() -> None:
     claims = all_claims(GOOD)
     assert len({claim.name for claim in claims}) == len(claims)
@@ -131,11 +156,11 @@ def test_every_claim_has_a_name_of_its_own_and_says_something() -> None:
 
 def test_the_interval_is_students() -> None:
     """scipy.stats.t.interval(0.95, 3, loc=2.5, scale=scipy.stats.sem([1, 2, 3, 4]))."""
-    mean, low, high = interval_of([1.0, 2.0, 3.0, 4.0])
-    assert mean == 2.5
-    assert low == pytest.approx(0.4457397432391, abs=1e-3)
-    assert high == pytest.approx(4.5542602567609, abs=1e-3)
-    assert interval_of([3.0]) == (3.0, -math.inf, math.inf)
+    found = interval_of([1.0, 2.0, 3.0, 4.0])
+    assert found.mean == 2.5
+    assert found.low == pytest.approx(0.4457397432391)
+    assert found.high == pytest.approx(4.5542602567609)
+    assert interval_of([3.0]) == Interval(3.0, -math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +177,7 @@ def test_the_interval_is_students() -> None:
     ],
 )
 def test_a_part_is_judged_by_its_interval(values: list[float], low: float, high: float, verdict: str) -> None:
-    assert part_verdict(Part("a number", values, low, high)) == verdict
+    assert Part("a number", values, low, high).verdict == verdict
 
 
 def test_one_part_that_fails_outweighs_the_rest() -> None:
