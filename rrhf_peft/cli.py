@@ -6,6 +6,7 @@ inside the verbs, so that help comes at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -427,13 +428,16 @@ def train(
     ignore_changes: Annotated[
         bool, typer.Option("--ignore-changes", help="Resume although the recipe or the data is not what it was.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only try: the data, steps on the longest groups, memory, time.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter (or all weights) on ranked responses.
 
     [bold]Examples[/bold]
 
-      rrhf-peft train recipes/quickstart.yaml
+      rrhf-peft train recipes/quickstart.yaml --dry-run
       rrhf-peft train recipes/quickstart.yaml training.learning_rate=1e-4
       rrhf-peft train recipes/quickstart.yaml --resume
 
@@ -458,6 +462,9 @@ def train(
     from rrhf_peft.train.run import train_recipe
 
     checked = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _say_dry_run(checked, as_json)
+        return
     outcome = train_recipe(checked, resume=resume, overwrite=overwrite, ignore_changes=ignore_changes)
     PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
     if process_index() != 0:
@@ -468,8 +475,21 @@ def train(
         print_json({"output": str(folder), "metrics": outcome.metrics, "data": reports})
         return
     say(f"{'Finished before' if outcome.was_finished else 'Done'}: {folder}")
+    say(f"Next: rrhf-peft chat {folder}")
     if checked.adapter is not None:
-        say(f"Next: rrhf-peft merge {folder} --output {folder}-merged")
+        say(f"Then: rrhf-peft merge {folder} --output {folder}-merged")
+
+
+def _say_dry_run(recipe: Recipe, as_json: bool) -> None:
+    from rrhf_peft.train.dry_run import dry_run
+
+    tried = dry_run(recipe, terminal(stderr=True))
+    if as_json:
+        print_json(tried.to_dict())
+        return
+    for line in tried.lines():
+        say(line)
+    say("Nothing was written. Without --dry-run the same command trains.")
 
 
 @app.command()
@@ -727,14 +747,13 @@ def schema(
 
     The schema is that of the installed peft and transformers, whose field names it has.
     """
-    from rrhf_peft.files import replace_text
+    from rrhf_peft.new import write_schema
     from rrhf_peft.recipe import json_schema
 
     if output is None:
         print_json(json_schema())
     else:
-        _refuse_anything_but_a_schema(output)
-        replace_text(output, json.dumps(json_schema(), indent=2) + "\n")
+        write_schema(output)
 
 
 @app.command()
@@ -779,20 +798,142 @@ def recipes(
         say(f"Copied: {path}")
 
 
-def _refuse_anything_but_a_schema(path: Path) -> None:
-    """Raise `UserError` where `path` is there and is not what `rrhf-peft schema` wrote before."""
+@app.command()
+@verb
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine: packages, devices, quantisation, extras, disk, hub; and say what to do.
+
+    The exit code is 1 where something will fail; what is only missing is a note.
+
+    [bold]Example[/bold]
+
+      rrhf-peft doctor
+    """
+    from rich.table import Table
+
+    from rrhf_peft.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        table = Table("", "subject", "here", "what to do", box=None, pad_edge=False)
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+        for finding in findings:
+            table.add_row(marks[finding.state], finding.subject, finding.detail, finding.remedy)
+        terminal().print(table)
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+@verb
+def new(
+    model: Annotated[str, typer.Option("--model", "-m", help="Hub id or folder of the base model.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Ranked data: a file, a folder or a hub id.")],
+    fit: Annotated[
+        float | None, typer.Option(min=1, help="GiB of the GPU to fit into. Unset: of the one here, else 24.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented recipe for this model and data that fits the memory, and what was seen on the way.
+
+    The template, k and the lengths come from the data and the tokenizer, quantisation and chunks from the plan.
+    Beside the recipe its schema is written, with which editors complete and check keys.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft new --model Qwen/Qwen2.5-7B-Instruct --data my_ranked.jsonl
+      rrhf-peft new --model runs/demo/base --data my_ranked.jsonl --fit 8 -o mine.yaml
+    """
+    from rrhf_peft.new import new_recipe, write_recipe
     from rrhf_peft.records import UserError
 
-    if not path.exists():
+    if not output.stem or output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output: {output} is no name of a recipe. Let it end in .yaml.")
+    made = new_recipe(model, data, output.stem, fit_gib=fit)
+    write_recipe(made, output)
+    if as_json:
+        print_json({"output": str(output), "notes": made.notes, "plan": made.plan.to_dict()})
         return
-    try:
-        now = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and path.stat().st_size < 10**7 else None
-    except (OSError, ValueError, RecursionError):
-        now = None
-    if not isinstance(now, dict) or now.get("title") != "Recipe" or "$schema" not in now:
-        raise UserError(
-            f"{path}: is there already, and is not a recipe's JSON schema. Name another file, or remove it."
-        )
+    terminal().print(made.plan)
+    for note in made.notes:
+        say(f"Note: {note}")
+    say(f"Done: {output}")
+    say(f"Next: rrhf-peft train {output} --dry-run")
+
+
+@app.command()
+@verb
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a merged one.", show_default=False)],
+    alone: Annotated[bool, typer.Option("--alone", help="Without the base model beside it.")] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the probability to draw from.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to what was trained, with the model that it was trained from beside it.
+
+    Answers appear as they are written. Prompts come from stdin, one on each line; /new forgets the conversation,
+    /quit leaves.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft chat runs/quickstart
+      rrhf-peft chat runs/quickstart --temperature 0 < prompts.txt
+    """
+    from rrhf_peft.chat import HELP, Decoding, converse, open_chat
+
+    opened = open_chat(run, alone=alone)
+    decoding = Decoding(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    asks = sys.stdin.isatty()
+    if asks:
+        say(HELP)
+    lines = iter(lambda: terminal().input("[bold]> [/]"), None) if asks else sys.stdin
+    with contextlib.suppress(EOFError):
+        converse(opened, lines, decoding, terminal(), seed=seed, as_json=as_json)
+
+
+@app.command()
+@verb
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a merged one.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where on the hub.", show_default=False)],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="Evaluation folders whose tables and plots go onto the card.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everybody; else only for you.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send it. Without this, only show what would be sent.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of a run or a merged model would go to the hub, with its card; send it with --yes.
+
+    [bold]Examples[/bold]
+
+      rrhf-peft push runs/quickstart me/my-adapter --evaluation runs/evaluation
+      rrhf-peft push runs/quickstart-merged me/my-model --yes
+    """
+    from rrhf_peft.progress import size_text
+    from rrhf_peft.push import prepare, send
+
+    upload = prepare(run, repository, evaluation or [])
+    address = send(upload, public=public) if yes else None
+    if as_json:
+        sizes = {name: path.stat().st_size for name, path in upload.files.items()}
+        print_json({"sent": address, "files": sizes, "figures": list(upload.figures), "card": upload.card})
+        return
+    if address is None:
+        say(upload.card)
+        for name, path in upload.files.items():
+            say(f"{size_text(path.stat().st_size):>10}  {name}")
+        for name, content in upload.figures.items():
+            say(f"{size_text(len(content)):>10}  {name}")
+    for note in upload.notes:
+        say(f"Note: {note}")
+    say(f"Done: {address}" if address else f"Nothing was sent. With --yes this goes to {repository}.")
 
 
 def main() -> None:

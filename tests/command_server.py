@@ -24,7 +24,8 @@ from typing import Any
 MODULES = (
     "rrhf_peft.cli rrhf_peft.train.run rrhf_peft.evaluate.run rrhf_peft.merge.run rrhf_peft.plan.run "
     "rrhf_peft.sample.run rrhf_peft.score.run rrhf_peft.report.run rrhf_peft.rounds.run rrhf_peft.demo.run "
-    "rrhf_peft.compare.run rich.progress bitsandbytes matplotlib.pyplot peft transformers.models.llama.modeling_llama"
+    "rrhf_peft.compare.run rrhf_peft.push rrhf_peft.chat rrhf_peft.new rrhf_peft.doctor rich.progress "
+    "bitsandbytes matplotlib.pyplot peft transformers.models.llama.modeling_llama"
 ).split()
 
 

@@ -11,6 +11,7 @@ from rrhf_peft.data.templates import (
     prompt_text,
     render_chat,
     stop_token_ids,
+    template_note,
     tokenization_fingerprint,
     transcript,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "report_table",
     "source_names",
     "stop_token_ids",
+    "template_note",
     "tokenization_fingerprint",
     "tokenize_every_response",
     "tokenize_groups",

@@ -101,6 +101,16 @@ def _message_text(message: Message) -> str:
     return "\n".join(part for part in (content, json.dumps(rest, ensure_ascii=False) if rest else "") if part)
 
 
+def template_note(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """What to tell who trains a model that has a chat template in another form; None where there is nothing to tell."""
+    if template == "chat" or not tokenizer.chat_template:
+        return None
+    return (
+        f"data.template is {template}, but {tokenizer.name_or_path or 'the tokenizer'} has a chat template: a model "
+        "that was tuned for chat is used in that form, and data.template=chat trains it in that form."
+    )
+
+
 # ---- What stands in front of a response ----
 
 

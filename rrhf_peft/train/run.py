@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.console import terminal
-from rrhf_peft.data import DataReport, hold_out, read_groups, tokenize_groups
+from rrhf_peft.data import DataReport, hold_out, read_groups, template_note, tokenize_groups
 from rrhf_peft.files import begun_folder, check_output, disk_trouble, is_empty_folder, read_mark, replace_text, writing
 from rrhf_peft.jobs import exclusive, launched_processes
 from rrhf_peft.modeling import (
@@ -126,7 +126,7 @@ def train_recipe(
                 console.print(f"{folder}: this run is finished already.", highlight=False, soft_wrap=True)
             return TrainOutcome(folder, _closing_numbers(folder), reports, was_finished=True)
 
-        trainer, progress = _make_trainer(recipe, args, tokenizer, splits, console)
+        trainer, progress = make_trainer(recipe, args, tokenizer, splits, console)
 
         def begin() -> None:
             begun = held.enter_context(
@@ -138,7 +138,8 @@ def train_recipe(
             describe_run(folder, recipe, texts, _circumstances(recipe, args))
             trainer.write_card = lambda: write_model_card(folder, recipe, reports["train"], trainer.state.log_history)
             console.print(reports["train"])
-            for line in (_summary(trainer), *start.notes):
+            note = template_note(tokenizer, recipe.data.template)
+            for line in (_summary(trainer), *([note] if note else []), *start.notes):
                 console.print(line, highlight=False, soft_wrap=True)
 
         processes.on_main(begin)
@@ -308,7 +309,7 @@ def _closing_numbers(folder: Path) -> dict[str, float]:
 # ---- The trainer ----
 
 
-def _make_trainer(
+def make_trainer(
     recipe: Recipe,
     args: RRHFConfig,
     tokenizer: PreTrainedTokenizerBase,

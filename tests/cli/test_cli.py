@@ -32,6 +32,10 @@ VERBS = [
     "merge",
     "schema",
     "recipes",
+    "doctor",
+    "new",
+    "chat",
+    "push",
 ]
 
 

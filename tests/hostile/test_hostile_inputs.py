@@ -210,6 +210,36 @@ for override in (
 for override in "model.name=nowhere model.name=ranked.jsonl adapter.target_modules=[nowhere] data.max_tokens=0".split():
     add(f"plan: {override}", f"plan recipe.yaml {override}")
 
+# A user's first commands.
+
+for words in (
+    "new -m nowhere -d ranked.jsonl -o new.yaml,new -m model -d nowhere.jsonl -o new.yaml,"
+    "new -m model -d letter.txt -o new.yaml,new -m letter.txt -d ranked.jsonl -o new.yaml,"
+    "new -m model -d ranked.jsonl -o recipe.yaml,new -m model -d ranked.jsonl -o letter.txt,"
+    "new -m model -d ranked.jsonl -o .,new -m model -d ranked.jsonl -o letter.txt/new.yaml,new -m model -o new.yaml,"
+    "new -m model -d ranked.jsonl --fit 0,new -m model -d candidates.jsonl --fit x,"
+    "chat nowhere,chat letter.txt,chat measured,chat run --temperature -1,chat run --max-new-tokens 0,"
+    "chat run --top-p 2,push nowhere me/x,push letter.txt me/x,push measured me/x,push run x/y/z,push run --yes,"
+    "push run ../x,push run me/x --evaluation run/nowhere,push run me/x --evaluation model,push run me/x --yes,"
+    "recipes copy nowhere,recipes copy ../quickstart,recipes copy quickstart letter.txt,recipes nonsense,recipes copy,"
+    "doctor nonsense,train recipe.yaml --dry-run model.name=nowhere,train recipe.yaml --dry-run data.max_tokens=9999,"
+    "train recipe.yaml --dry-run training.optim=adamw_nowhere,train recipe.yaml --dry-run adapter.target_modules=[no]"
+).split(","):
+    add(f"begin: {words}", words)
+for name, spoil in {
+    "recipe.yaml no recipe": written("run/recipe.yaml", "- model\n"),
+    "recipe.yaml bytes": written("run/recipe.yaml", bytes(range(256))),
+    "adapter_config.json cut": cut("run/adapter_config.json"),
+    "adapter cut": cut("run/adapter_model.safetensors"),
+    "base gone": lambda folder: (folder / "model").rename(folder / "away"),
+}.items():
+    add(f"chat: {name}", "chat run", spoil)
+add("push: no weights", "push run me/x", without("run/adapter_model.safetensors"))
+add("push: no card", "push run me/x", without("run/README.md"))
+add("push: metrics that are none", "push run me/x", written("run/metrics.jsonl", 'no\n{"step": 1}\n'))
+add("push: card bytes", "push run me/x", written("run/README.md", bytes(range(256))))
+add("new: a schema that is none", "new -m model -d ranked.jsonl -o new.yaml", written("recipe.schema.json", "mine"))
+
 # Data that is damaged, or no data.
 
 ROW = {"prompt": "?", "responses": ["a", "b"], "scores": [1, 0]}
@@ -252,6 +282,7 @@ for name, data in DATA.items():
     add(f"inspect: data {name}", "inspect ranked.jsonl", written("ranked.jsonl", data))
     add(f"convert: data {name}", "convert ranked.jsonl -o new.jsonl", written("ranked.jsonl", data))
     add(f"train: data {name}", "train recipe.yaml", written("ranked.jsonl", data))
+    add(f"new: data {name}", "new -m model -d ranked.jsonl -o new.yaml", written("ranked.jsonl", data))
 for name in (
     "empty",
     "no json",

@@ -106,8 +106,13 @@ def test_what_runs_runs(page: Path, prepared: Path, server: CommandServer, tmp_p
 def run(server: CommandServer, command: list[str], folder: Path) -> None:
     if command[:2] == ["rrhf-peft", "train"] or "rrhf_peft.train" in command:
         command = [*command, "training.max_steps=2"]
+    if "<" in command:
+        command, (_, typed) = command[: command.index("<")], command[command.index("<") :]
+        typed = (folder / typed).read_text(encoding="utf-8")
+    else:
+        typed = ""
     if command[0] in ("rrhf-peft", "python"):
-        done = server.run(command, folder)
+        done = server.run(command, folder, typed=typed)
     else:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         program = [str(Path(sys.executable).parent / command[0]), *command[1:]]
