@@ -331,17 +331,29 @@ def _why_not_ours_folder(path: Path) -> str | None:
     """Why a folder is not to be replaced: the first file in it that this program does not write."""
     if path.is_symlink() or not path.is_dir():
         return f"is {_kind(path)}"
-    files = list(_files_in(path))
     mark = read_mark(path)
     if mark is None:
         return None if is_empty_folder(path) else "has no mark of rrhf-peft (the first version left none)"
-    for file in files:
-        name = file.rpartition("/")[2]
-        if name != MARK and not any(fnmatch.fnmatchcase(file, pattern) for pattern in mark.writes):
-            if fnmatch.fnmatchcase(name, _SIBLINGS):
-                continue
-            return f"holds {file}, which rrhf-peft {mark.verb} did not write"
-    return None
+    foreign = next(_foreign_files(path, {}), None)
+    return None if foreign is None else f"holds {foreign.relative_to(path)}, which rrhf-peft {mark.verb} did not write"
+
+
+def _foreign_files(folder: Path, marks: Mapping[Path, Mark]) -> Iterator[Path]:
+    """The files below a folder that one of the marks above them does not tell of; `marks` are those above the folder.
+
+    A folder inside of a marked one may have a mark as well, which says more exactly what was written there.
+    """
+    mark = read_mark(folder)
+    marks = marks if mark is None else {**marks, folder: mark}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from _foreign_files(path, marks)
+        elif path.name != MARK and not fnmatch.fnmatchcase(path.name, _SIBLINGS):
+            for above, mark in marks.items():
+                name = path.relative_to(above).as_posix()
+                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in mark.writes):
+                    yield path
+                    break
 
 
 def _files_in(folder: Path) -> Iterator[str]:
@@ -618,12 +630,15 @@ def is_finished_folder(target: AnyPath, fingerprint: str) -> bool:
     return True
 
 
-def work_folder(path: AnyPath, *, verb: str, fingerprint: str | None = None, overwrite: bool = False) -> Mark:
+def work_folder(
+    path: AnyPath, *, verb: str, writes: Sequence[str], fingerprint: str | None = None, overwrite: bool = False
+) -> Mark:
     """Make or continue a folder of intermediate results beside an output; the caller holds the output's `lock`.
 
     Args:
         path: the folder.
         verb: which one fills it.
+        writes: as for `begun_folder`.
         fingerprint: of what the results depend on, for the mark of a folder that is made here.
         overwrite: remove what is there, and note that the output may be replaced at the end.
 
@@ -640,9 +655,15 @@ def work_folder(path: AnyPath, *, verb: str, fingerprint: str | None = None, ove
         remove(path)
     mark = read_mark(path)
     if mark is None:
-        mark = Mark(verb, fingerprint=fingerprint, writes=["*"], may_replace=overwrite)
+        mark = Mark(verb, fingerprint=fingerprint, writes=list(writes), may_replace=overwrite)
         _write_mark(path / MARK, mark)
     return mark
+
+
+def remove_work_folder(path: AnyPath) -> None:
+    """Remove a folder of intermediate results, but leave one that holds a file of somebody else's."""
+    if not os.path.lexists(path) or _why_not_ours_folder(Path(path)) is None:
+        remove(path)
 
 
 class BegunFolder:
@@ -656,8 +677,15 @@ class BegunFolder:
         """`begun`, `working` or `whole`."""
         return self._mark.state
 
-    def keep(self) -> None:
-        """There is something now that is worth more than the folder that was here before; may be called again."""
+    def keep(self, made: AnyPath | None = None) -> None:
+        """There is something now that is worth more than the folder that was here before; may be called again.
+
+        Args:
+            made: a folder in it that is whole now, with nothing but what the verb wrote: a file that somebody puts
+                there later keeps the whole folder from being replaced.
+        """
+        if made is not None and Path(made).is_dir():
+            _write_mark(Path(made) / MARK, Mark(self._mark.verb, writes=[*map(glob.escape, _files_in(Path(made)))]))
         if self._mark.state == "begun":
             self.set_state("working")
 
@@ -680,7 +708,8 @@ def begun_folder(
         target: the folder.
         verb: which one fills it.
         writes: patterns of the paths in it that the verb writes, relative to it; ``*`` matches ``/`` as well. Files
-            that match none are a user's, and keep the folder from being replaced.
+            that match none are a user's, and keep the folder from being replaced; so do files in a folder inside, if
+            that has a mark which does not tell of them.
         overwrite: replace a folder that this program made.
         resume: go on in the folder that is there.
 

@@ -48,7 +48,7 @@ from rrhf_peft.files import (
     lock,
     read_mark,
     refuse_finished,
-    remove,
+    remove_work_folder,
     work_folder,
     write_files,
     writing,
@@ -58,6 +58,8 @@ from rrhf_peft.records import UserError
 T = TypeVar("T")
 Row = dict[str, Any]
 
+#: What a verb may note in the folder of parts, beside the fingerprint of what they are made from.
+MADE_FROM = "made_from.json"
 #: Longer than any run: a process that dies takes the others with it through the launcher.
 _PATIENCE = timedelta(days=30)
 #: How long the processes of a launch may take to find one another.
@@ -302,9 +304,7 @@ class ShardedOutput:
 
     def _open(self, overwrite: bool) -> tuple[bool, list[int]]:
         if not overwrite and is_finished(self.output, self.fingerprint, self.beside):
-            if os.path.lexists(self.parts):
-                work_folder(self.parts, verb=self.verb)  # refuses one that is not ours
-            remove(self.parts)
+            remove_work_folder(self.parts)
             return True, []
         held = read_mark(self.parts)
         is_other = held is not None and held.fingerprint != self.fingerprint
@@ -318,9 +318,9 @@ class ShardedOutput:
                 "Undo the change to continue it, or pass --overwrite to start again."
             )
         if is_other:
-            work_folder(self.parts, verb=self.verb)
-            remove(self.parts)
-        work_folder(self.parts, verb=self.verb, fingerprint=self.fingerprint, overwrite=overwrite)
+            remove_work_folder(self.parts)
+        writes = ["part-[0-9]*.jsonl", MADE_FROM]
+        work_folder(self.parts, verb=self.verb, writes=writes, fingerprint=self.fingerprint, overwrite=overwrite)
         return False, sorted(unit for unit in self._lines() if unit < self.units)
 
     @property
@@ -389,7 +389,7 @@ class ShardedOutput:
             self.output: (json.dumps(row, ensure_ascii=False) + "\n" for row in finished)
         }
         write_files(self.output, contents, verb=self.verb, fingerprint=self.fingerprint, beside=beside)
-        remove(self.parts)
+        remove_work_folder(self.parts)
 
     def _lines(self) -> dict[int, tuple[Path, int]]:
         """Unit -> the part file and the offset where its line begins; of whole lines only."""

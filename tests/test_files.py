@@ -19,9 +19,11 @@ from rrhf_peft.files import (
     is_finished,
     lock,
     read_mark,
+    remove_work_folder,
     replace_text,
     retired_folder,
     staged_folder,
+    work_folder,
     write_files,
 )
 from rrhf_peft.records import UserError
@@ -276,6 +278,44 @@ def test_an_output_is_never_what_the_run_reads_nor_above_it_nor_in_it(tmp_path: 
                 target, key="sampling.output", folder=folder, reads=[read, "some/hub-id", None], overwrite=True
             )
     check_output(base / "merged", folder=True, reads=[base])
+
+
+def test_a_file_that_somebody_puts_into_a_folder_inside_keeps_the_whole_from_being_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with lock(target), begun_folder(target, verb="train", writes=["checkpoint-*/*"]) as run:
+        for number in (1, 2):
+            (target / f"checkpoint-{number}" / "deep").mkdir(parents=True)
+            (target / f"checkpoint-{number}" / "deep" / "[0].bin").touch()
+        run.keep(target / "checkpoint-1")
+    check_output(target, folder=True, overwrite=True)
+    (target / "checkpoint-2" / "deep" / "notes.txt").touch()  # without a mark of its own, the pattern is all there is
+    check_output(target, folder=True, overwrite=True)
+    notes = target / "checkpoint-1" / "deep" / "notes.txt"
+    notes.touch()
+    said = r"holds checkpoint-1/deep/notes.txt, which rrhf-peft train did not write, so --overwrite leaves it"
+    with pytest.raises(UserError, match=said):
+        check_output(target, folder=True, overwrite=True)
+    notes.unlink()
+    check_output(target, folder=True, overwrite=True)
+
+
+def test_a_marked_folder_that_somebody_puts_into_another_is_not_the_others(tmp_path: Path) -> None:
+    with lock(tmp_path / "run"), begun_folder(tmp_path / "run", verb="train", writes=["*.json"]):
+        pass
+    with staged_folder(tmp_path / "run" / "merged", verb="merge") as staging:
+        (staging / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"holds merged/model.safetensors, which rrhf-peft train did not write"):
+        check_output(tmp_path / "run", folder=True, overwrite=True)
+
+
+def test_intermediate_results_go_but_not_what_lies_among_them(tmp_path: Path) -> None:
+    for name in ("part-0.jsonl", "notes.txt"):
+        work_folder(tmp_path / "out.parts", verb="score", writes=["part-*.jsonl"])
+        (tmp_path / "out.parts" / name).touch()
+        remove_work_folder(tmp_path / "out.parts")
+        assert (tmp_path / "out.parts").exists() == (name == "notes.txt")
+    with pytest.raises(UserError, match=r"holds notes.txt, which rrhf-peft score did not write, .* Move it away"):
+        work_folder(tmp_path / "out.parts", verb="score", writes=["part-*.jsonl"], overwrite=True)
 
 
 def test_the_working_folder_and_what_holds_it_is_never_replaced(

@@ -10,6 +10,7 @@ evaluation.json, table.md, recipe.yaml, plots/
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,9 +21,10 @@ from rrhf_peft.files import REPORT, BegunFolder, begun_folder, check_output, is_
 from rrhf_peft.records import UserError
 
 TABLE, RECIPE, PLOTS, MADE_WITH = "table.md", "recipe.yaml", "plots", "made_with.json"
+PLOT_NAMES = ("reward", "reward_perplexity", "best_of_n", "reward_histogram", "wins")
 STAGES = ("samples", "scored", "perplexity", "references", "pairs", "wins")
-#: What an evaluation writes in its folder.
-WRITES = [*(f"{name}/*" for name in (*STAGES, PLOTS)), EVALUATION, TABLE, RECIPE, MADE_WITH, REPORT]
+#: What an evaluation writes in its folder, beside the files of its stages.
+_WRITES = [EVALUATION, TABLE, RECIPE, MADE_WITH, REPORT, *(f"{PLOTS}/{name}.[ps][nv]g" for name in PLOT_NAMES)]
 
 
 def file_name(stage: str, policy: str, label: str | None = None) -> str:
@@ -80,8 +82,10 @@ class OutputFolder:
                 "change, choose another evaluation.output or another name, or pass --overwrite to evaluate everything "
                 "again."
             )
+        files = (file.removesuffix(".jsonl") for file in {**made, **settings} if file != EVALUATION)
+        writes = [*_WRITES, *(f"{glob.escape(file)}.*" for file in files)]
         self._begun = end.enter_context(
-            begun_folder(self.path, verb="evaluate", writes=WRITES, overwrite=overwrite, resume=not overwrite)
+            begun_folder(self.path, verb="evaluate", writes=writes, overwrite=overwrite, resume=not overwrite)
         )
         if made.get(EVALUATION) == settings[EVALUATION] and (self.path / TABLE).is_file():
             return True

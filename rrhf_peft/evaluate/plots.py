@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rrhf_peft.evaluate.folder import PLOTS
+from rrhf_peft.evaluate.folder import PLOT_NAMES, PLOTS
 from rrhf_peft.evaluate.numbers import Evaluation, WinRow
 from rrhf_peft.evaluate.statistics import Interval
 from rrhf_peft.files import replace_text
@@ -58,7 +58,7 @@ def write_plots(evaluation: Evaluation) -> list[Path]:
             path = evaluation.folder / PLOTS / f"{plot.name}.{kind}"
             replace_text(path, figure_bytes(plot.figure, kind))
             written.append(path)
-    for name in ("reward", "reward_perplexity", "best_of_n", "reward_histogram", "wins"):
+    for name in PLOT_NAMES:
         for path in (evaluation.folder / PLOTS / f"{name}.{kind}" for kind in _KINDS):
             if path not in written:
                 path.unlink(missing_ok=True)

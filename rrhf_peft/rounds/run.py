@@ -23,7 +23,6 @@ import yaml
 from rich.console import Console
 
 from rrhf_peft.console import terminal
-from rrhf_peft.evaluate.folder import WRITES as EVALUATION_WRITES
 from rrhf_peft.evaluate.run import evaluate_recipe
 from rrhf_peft.files import (
     REPORT,
@@ -47,14 +46,12 @@ from rrhf_peft.sample.run import sample_recipe
 from rrhf_peft.score.run import files_of_scorer, score_recipe
 from rrhf_peft.train.run import train_recipe, training_config
 from rrhf_peft.train.run_folder import HARMLESS_KEYS, HARMLESS_PREFIXES, read_recipe
-from rrhf_peft.train.run_folder import WRITES as TRAINING_WRITES
 
 RECIPE, INPUTS = "recipe.yaml", "inputs.json"
 #: What a round writes in its folder, and rounds in theirs. A file of another name is a user's.
 _OF_A_ROUND = (
     *("stages.json", "prompts*.jsonl", "candidates.*", "scored.*"),
-    *(f"run/{pattern}" for pattern in TRAINING_WRITES),
-    *(f"evaluation/{pattern}" for pattern in EVALUATION_WRITES),
+    *("run/*", "evaluation/*"),  # which have marks that tell more
 )
 WRITES = (
     *(RECIPE, INPUTS, "rounds.json", "table.md", REPORT),

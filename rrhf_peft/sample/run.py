@@ -31,7 +31,15 @@ from typing import Any
 from rich.console import Console
 
 from rrhf_peft.data import TEMPLATES, read_groups
-from rrhf_peft.files import check_output, is_finished, read_mark, refuse_finished, remove, work_folder, write_files
+from rrhf_peft.files import (
+    check_output,
+    is_finished,
+    read_mark,
+    refuse_finished,
+    remove_work_folder,
+    work_folder,
+    write_files,
+)
 from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
 from rrhf_peft.progress import Advance, progress
 from rrhf_peft.recipe import Recipe, SamplingSection
@@ -122,7 +130,7 @@ def sample_recipe(
                     beside=lambda: {failures: rows.failed or None},
                 )
             )
-            processes.on_main(lambda: remove(folder))
+            processes.on_main(lambda: remove_work_folder(folder))
         with output.open(encoding="utf-8") as lines, contextlib.ExitStack() as stack:
             failed = stack.enter_context(failures.open(encoding="utf-8")) if failures.exists() else ()
             report = make_report(map(json.loads, lines), map(json.loads, failed))
@@ -164,15 +172,13 @@ def _open(
 ) -> bool:
     """Start, continue, or see that the same work was finished before; the main process alone."""
     if not overwrite and is_finished(output, fingerprint, [failures]):
-        if folder.exists():
-            work_folder(folder, verb="sample")  # refuses one that is not ours
-        remove(folder)  # also what a kill left of removing it
+        remove_work_folder(folder)  # also what a kill left of removing it
         return True
     prompts = [sampling.prompts] if isinstance(sampling.prompts, str) else sampling.prompts
     check_output(output, key="sampling.output", reads=prompts, overwrite=overwrite, continues=True, beside=[failures])
     if not overwrite and not ((held := read_mark(folder)) and held.may_replace):
         refuse_finished(output, fingerprint)
-    work_folder(folder, verb="sample", overwrite=overwrite)
+    work_folder(folder, verb="sample", writes=["*.jsonl", "*.jsonl.parts/*"], overwrite=overwrite)
     return False
 
 

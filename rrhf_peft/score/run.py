@@ -20,8 +20,16 @@ from typing import Any
 from rich.console import Console
 
 from rrhf_peft.console import terminal
-from rrhf_peft.files import Content, is_finished, remove, replace_text, write_files
-from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
+from rrhf_peft.files import Content, is_finished, remove_work_folder, replace_text, write_files
+from rrhf_peft.jobs import (
+    MADE_FROM,
+    Processes,
+    ShardedOutput,
+    exclusive,
+    fingerprint_of,
+    launched_processes,
+    whole_models,
+)
 from rrhf_peft.modeling import weights_fingerprint
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import Recipe
@@ -127,7 +135,7 @@ def _score(
             processes.on_main(lambda: _refuse_changes(shards, made_from))
         if shards.open(overwrite=overwrite, console=console):
             return _finished_before(shards, console if processes.is_main else None)
-        processes.on_main(lambda: replace_text(shards.parts / _MADE_FROM, json.dumps(made_from, indent=1) + "\n"))
+        processes.on_main(lambda: replace_text(shards.parts / MADE_FROM, json.dumps(made_from, indent=1) + "\n"))
         _score_units(shards, units, scorers, console if processes.is_main else None, processes)
         return _merge(shards, section, groups, scorers, least_responses)
 
@@ -228,7 +236,7 @@ def _merge(
             write_files(output, contents, verb="score")  # with the mark of the output, which will replace them
             remedy = "Fix the cause and pass --overwrite."
             if all(isinstance(scorer, (PeopleScores, SourceScores)) for scorer in scorers.values()):
-                remove(shards.parts)  # costs nothing to make again
+                remove_work_folder(shards.parts)  # costs nothing to make again
                 remedy = "Fill the sheets, and run the same command again."
             reasons = "; ".join(f"{count} {reason}" for reason, count in report.failures.items()) or "groups of one"
             wanted = "two scored responses" if least_responses == 2 else "a scored response"
@@ -256,7 +264,6 @@ def _hand_out(
 
 
 #: In the folder of unfinished parts: what these were made from, by name.
-_MADE_FROM = "made_from.json"
 
 
 def _made_from(recipe: Recipe, groups: Sequence[RankedGroup], least_responses: int) -> dict[str, str | None]:
@@ -302,7 +309,7 @@ def files_of_scorer(scorer: Any, recipe: Recipe) -> dict[str, str | None]:
 def _refuse_changes(shards: ShardedOutput, made_from: Mapping[str, str | None]) -> None:
     """Say what is not as it was when unfinished parts were made; the parts stay."""
     try:
-        before = json.loads((shards.parts / _MADE_FROM).read_text(encoding="utf-8"))
+        before = json.loads((shards.parts / MADE_FROM).read_text(encoding="utf-8"))
         changed = [name for name, digest in made_from.items() if name in before and before[name] != digest]
     except (OSError, ValueError, TypeError, AttributeError):
         return  # `ShardedOutput.open` knows that something changed, if not what

@@ -132,7 +132,7 @@ def train_recipe(
             begun = held.enter_context(
                 begun_folder(folder, verb="train", writes=WRITES, overwrite=overwrite, resume=not overwrite)
             )
-            trainer.after_checkpoint = begun.keep
+            trainer.after_checkpoint = lambda: begun.keep(folder / f"checkpoint-{trainer.state.global_step}")
             remove_unfinished(folder, start.checkpoint)
             texts = {name: report.to_dict() for name, report in reports.items()}
             describe_run(folder, recipe, texts, _circumstances(recipe, args))

@@ -45,9 +45,9 @@ WRITES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "config.json", "generation_config.json"),
     *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "training_args.bin"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "trainer_state.json"),
-    *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),
-    *("reference_log_probs.safetensors", "online/step-*.jsonl", "runs/*", "*.tmp", ".tmp*"),
+    *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*.jinja"),
+    *("trainer_state.json", "modeling_*.py", "configuration_*.py", "tokenization_*.py"),
+    *("reference_log_probs.safetensors", "online/step-[0-9]*.jsonl", "runs/*events.out.tfevents*", "*.tmp", ".tmp*"),
 )
 
 #: Settings that may change between a run and its resumption: they do not touch the weights.

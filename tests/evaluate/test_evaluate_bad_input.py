@@ -113,6 +113,19 @@ def test_a_folder_of_something_else_is_left_alone(tiny_model_folder, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_a_users_file_inside_an_evaluation_keeps_it_from_being_overwritten(tiny_model_folder, tmp_path):
+    recipe = evaluation_recipe(tiny_model_folder, tmp_path)
+    evaluate_recipe(recipe)
+    for name in ("samples/notes.txt", "samples/mine.jsonl", "plots/mine.png", "scored/base.mine.txt"):
+        notes = tmp_path / "out" / name
+        notes.write_text("years of work")
+        with pytest.raises(UserError, match=f"holds {name}, which rrhf-peft evaluate did not write"):
+            evaluate_recipe(recipe, overwrite=True)
+        assert notes.read_text() == "years of work"
+        notes.unlink()
+    evaluate_recipe(recipe, overwrite=True)
+
+
 def test_the_command_prints_table_or_json_and_refuses_with_one(tiny_model_folder, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(evaluation_values(tiny_model_folder, tmp_path)))

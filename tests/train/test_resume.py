@@ -41,6 +41,21 @@ def launch(recipe_file, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def test_a_users_file_inside_a_run_folder_keeps_it_from_being_overwritten(tiny_model_folder, ranked, tmp_path):
+    recipe = small_recipe(tiny_model_folder, ranked, tmp_path / "run", training={**STEPS, "max_steps": 4})
+    train_recipe(recipe)
+    assert (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").is_file()
+    for name in ("checkpoint-4/notes.txt", "checkpoint-4/my.safetensors", "runs/notes.txt", "online/step-mine.jsonl"):
+        notes = tmp_path / "run" / name
+        notes.parent.mkdir(exist_ok=True)
+        notes.write_text("years of work")
+        with pytest.raises(UserError, match=f"holds {name}, which rrhf-peft train did not write"):
+            train_recipe(recipe, overwrite=True)
+        assert notes.read_text() == "years of work"
+        notes.unlink()
+    train_recipe(recipe, overwrite=True)
+
+
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_kill_minus_nine_and_resume(tiny_model_folder, ranked, tmp_path, dropout):
     adapter = {"r": 4, "lora_dropout": dropout}
