@@ -137,7 +137,9 @@ def _member(members: list[Any], label: str, tag: str | None) -> Any:
         if tag is not None and model is not None and label in typing.get_args(model.model_fields[tag].annotation):
             return inner
         if tag is None and (
-            getattr(inner, "__name__", "") == label or label.startswith(f"{typing.get_origin(inner)}[")
+            getattr(inner, "__name__", "") == label  # which is function-after[..., Name] where a class has validators
+            or (model is not None and label.endswith(f", {model.__name__}]"))
+            or label.startswith(f"{typing.get_origin(inner)}[")
         ):
             return inner
         if (
@@ -152,8 +154,9 @@ def _member(members: list[Any], label: str, tag: str | None) -> Any:
 def _sentence(key: Key, items: list[Any], lines: Mapping[Key, str]) -> str:
     """The findings about one key as `section.key (line 12): what is wrong; the remedy`."""
     first = items[0]
-    if first["type"] == "value_error":  # a contradiction of the schema's own, which names its keys
-        return str(first["ctx"]["error"])
+    refused = next((item for item in items if item["type"] == "value_error"), None)
+    if refused is not None:  # by `Section.contradictions`, which names a key inside the section
+        return ".".join([*([key_text(key)] if key else []), str(refused["ctx"]["error"])])
     if first["type"] == "union_tag_invalid":
         key = (*key, "name")
     dotted, line = key_text(key), _line_of(key, lines)

@@ -28,9 +28,7 @@ from rrhf_peft.recipe.stages import (
     ScorerSection,
     ScoringSection,
     Section,
-    entry_contradictions,
     rounds_contradictions,
-    scorer_contradictions,
     with_round_paths,
 )
 
@@ -67,6 +65,12 @@ class RRHFObjective(Section):
     tied_best: Literal["first", "mean"] = Field(
         "first", description="Fine-tuning target when several responses share the best score."
     )
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.variant == "released" and self.sft_reduction is not None:
+            yield "sft_reduction", "variant released always takes the mean over the padded length; remove it"
+        if self.rank_weight == 0 and self.sft_weight == 0:
+            yield "rank_weight", "rank_weight and sft_weight are both 0: nothing would be trained"
 
 
 class SFTObjective(Section):
@@ -364,26 +368,18 @@ class OnlineSection(Section):
     seed: int = Field(0, ge=0, description="Of top_p; each refresh has draws of its own.")
     batch_tokens: int = Field(16384, ge=1, description="Tokens decoded together; halved when memory is out.")
 
-    @model_validator(mode="after")
-    def _refuse_impossible_combinations(self) -> OnlineSection:
-        for key, problem in _online_contradictions(self):
-            raise ValueError(f"online.{key}: {problem}")
-        return self
-
-
-def _online_contradictions(online: OnlineSection) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to fix it) for settings of the section that cannot go together."""
-    decoding = online.decoding
-    for name in ("model", "adapter", "endpoint"):
-        if getattr(decoding, name) is not None:
-            yield f"decoding.{name}", "the policy in training answers, and no other; remove it"
-    if decoding.backend != "transformers":
-        yield "decoding.backend", "the policy in training is decoded where it is; remove it"
-    yield from entry_contradictions(decoding, "decoding")
-    parts = online.scorer.parts.values() if online.scorer.name == "composite" else []
-    if "human" in [online.scorer.name, *(part.scorer.name for part in parts)]:
-        yield "scorer", "training does not wait for people; use another scorer, or rrhf-peft sample, score and train"
-    yield from scorer_contradictions(online.scorer)
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        for name in ("model", "adapter", "endpoint"):
+            if getattr(self.decoding, name) is not None:
+                yield f"decoding.{name}", "the policy in training answers, and no other; remove it"
+        if self.decoding.backend != "transformers":
+            yield "decoding.backend", "the policy in training is decoded where it is; remove it"
+        parts = self.scorer.parts.values() if self.scorer.name == "composite" else []
+        if "human" in [self.scorer.name, *(part.scorer.name for part in parts)]:
+            yield (
+                "scorer",
+                "training does not wait for people; use another scorer, or rrhf-peft sample, score and train",
+            )
 
 
 def online_contradictions(online: OnlineSection, data: Any, adapter: Any, training: Any) -> Iterator[tuple[str, str]]:
@@ -450,13 +446,10 @@ class CompareSection(Section):
         """The runs, in the order of the table."""
         return [name for name in self.objectives if self.only is None or name in self.only]
 
-    @model_validator(mode="after")
-    def _refuse_unknown_names(self) -> CompareSection:
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         for name in self.only or []:
             if name not in self.objectives:
-                known = ", ".join(self.objectives)
-                raise ValueError(f"compare.only: there is no objective {name!r}; there are {known}")
-        return self
+                yield "only", f"there is no objective {name!r}; there are {', '.join(self.objectives)}"
 
 
 def compared_run(output: str, name: str) -> str:
@@ -590,6 +583,18 @@ class DataSection(Section):
         "truncate", description="What happens to a prompt longer than its limit."
     )
     max_groups: int | None = Field(None, ge=1, description="Read only the first this many groups.")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens >= self.max_tokens:
+            yield (
+                "max_prompt_tokens",
+                f"{self.max_prompt_tokens} leaves no token of data.max_tokens = {self.max_tokens} for a response; "
+                "lower it or raise data.max_tokens",
+            )
+        if self.eval is not None and self.eval_size is not None:
+            yield "eval_size", "data.eval already names held-out data; remove one of the two"
+        if isinstance(self.eval_size, float) and self.eval_size >= 1:
+            yield "eval_size", f"{self.eval_size} is a share and must be below 1; write an integer for a count"
 
 
 class EngineSection(Section):
@@ -731,77 +736,56 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _objective_is_rrhf_unless_named(cls, values: Any) -> Any:
-        objective = values.get("objective") if isinstance(values, dict) else None
+    def _fill_in(cls, values: Any) -> Any:
+        """The kind of an objective that names none, and the paths that rounds and compare set."""
+        if not isinstance(values, dict):
+            return values
+        values = with_round_paths(with_compare_paths(values))
+        objective = values.get("objective")
         if isinstance(objective, dict) and "name" not in objective:
-            return {**values, "objective": {"name": "rrhf", **objective}}
+            values = {**values, "objective": {"name": "rrhf", **objective}}
         return values
 
-    @model_validator(mode="before")
-    @classmethod
-    def _rounds_set_their_paths(cls, values: Any) -> Any:
-        return with_round_paths(values) if isinstance(values, dict) else values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _compare_sets_its_paths(cls, values: Any) -> Any:
-        return with_compare_paths(values) if isinstance(values, dict) else values
-
-    @model_validator(mode="after")
-    def _refuse_impossible_combinations(self) -> Recipe:
-        for key, problem in _contradictions(self):
-            raise ValueError(f"{key}: {problem}")
-        return self
-
-
-def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to fix it) for settings that cannot go together."""
-    if recipe.model is not None:
-        yield from _model_contradictions(recipe)
-    if recipe.data is not None:
-        yield from _data_contradictions(recipe.data)
-    if recipe.rounds is not None:
-        yield from rounds_contradictions(recipe.sampling, recipe.scoring)
-    training: Any = recipe.training
-    if training is not None:
-        if not training.output_dir:
-            yield "training.output_dir", "is required: the run folder to write, for example runs/my-run"
-        if training.bf16 and training.fp16:
-            yield "training.fp16", "bf16 and fp16 exclude each other; remove one"
-    if training is not None and recipe.data is not None:
-        held_out = recipe.data.eval is not None or recipe.data.eval_size is not None
-        if training.eval_strategy not in (None, "no") and not held_out:
-            yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
-    if recipe.online is not None and recipe.rounds is not None:
-        yield "online", "rounds train on what they have sampled and scored before; remove online or rounds"
-    if recipe.compare is not None and (recipe.rounds is not None or recipe.online is not None):
-        yield "compare", "trains once on ranked data; remove rounds and online"
-    if recipe.online is not None:
-        yield from online_contradictions(recipe.online, recipe.data, recipe.adapter, training)
-    objective = recipe.objective
-    if isinstance(objective, _PolicyGradient):
-        if recipe.online is None:
-            yield (
-                "objective.name",
-                f"{objective.name} learns from responses that the policy samples while it is trained; add a section "
-                "online (rrhf-peft recipes copy online shows one), or take another objective",
-            )
-        elif recipe.online.keep_provided:
-            yield (
-                "online.keep_provided",
-                f"{objective.name} learns from the policy's own responses alone; set it to false",
-            )
-    if isinstance(objective, RRHFObjective):
-        if objective.variant == "released" and objective.sft_reduction is not None:
-            yield "objective.sft_reduction", "variant released always takes the mean over the padded length; remove it"
-        if objective.rank_weight == 0 and objective.sft_weight == 0:
-            yield "objective.rank_weight", "rank_weight and sft_weight are both 0: nothing would be trained"
-    yield from reference_contradictions(
-        objective,
-        init_lora_weights=getattr(recipe.adapter, "init_lora_weights", None),
-        adapter=recipe.adapter is not None or bool(recipe.model and recipe.model.init_adapter),
-        online=recipe.online is not None,
-    )
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.model is not None:
+            yield from _model_contradictions(self)
+        if self.rounds is not None:
+            yield from rounds_contradictions(self.sampling, self.scoring)
+        training: Any = self.training
+        if training is not None:
+            if not training.output_dir:
+                yield "training.output_dir", "is required: the run folder to write, for example runs/my-run"
+            if training.bf16 and training.fp16:
+                yield "training.fp16", "bf16 and fp16 exclude each other; remove one"
+        if training is not None and self.data is not None:
+            held_out = self.data.eval is not None or self.data.eval_size is not None
+            if training.eval_strategy not in (None, "no") and not held_out:
+                yield "training.eval_strategy", "needs held-out data; set data.eval or data.eval_size"
+        if self.online is not None and self.rounds is not None:
+            yield "online", "rounds train on what they have sampled and scored before; remove online or rounds"
+        if self.compare is not None and (self.rounds is not None or self.online is not None):
+            yield "compare", "trains once on ranked data; remove rounds and online"
+        if self.online is not None:
+            yield from online_contradictions(self.online, self.data, self.adapter, training)
+        objective = self.objective
+        if isinstance(objective, _PolicyGradient):
+            if self.online is None:
+                yield (
+                    "objective.name",
+                    f"{objective.name} learns from responses that the policy samples while it is trained; add a "
+                    "section online (rrhf-peft recipes copy online shows one), or take another objective",
+                )
+            elif self.online.keep_provided:
+                yield (
+                    "online.keep_provided",
+                    f"{objective.name} learns from the policy's own responses alone; set it to false",
+                )
+        yield from reference_contradictions(
+            objective,
+            init_lora_weights=getattr(self.adapter, "init_lora_weights", None),
+            adapter=self.adapter is not None or bool(self.model and self.model.init_adapter),
+            online=self.online is not None,
+        )
 
 
 def _model_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -816,16 +800,3 @@ def _model_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "adapter", "model.init_adapter brings its own adapter settings; remove one of the two"
     if recipe.engine.layout == "shared" and model.attention == "flash_attention_2":
         yield "engine.layout", "shared needs an attention mask that flash_attention_2 cannot take; use sdpa or plain"
-
-
-def _data_contradictions(data: DataSection) -> Iterator[tuple[str, str]]:
-    if data.max_prompt_tokens is not None and data.max_prompt_tokens >= data.max_tokens:
-        yield (
-            "data.max_prompt_tokens",
-            f"{data.max_prompt_tokens} leaves no token of data.max_tokens = {data.max_tokens} for a response; "
-            "lower it or raise data.max_tokens",
-        )
-    if data.eval is not None and data.eval_size is not None:
-        yield "data.eval_size", "data.eval already names held-out data; remove one of the two"
-    if isinstance(data.eval_size, float) and data.eval_size >= 1:
-        yield "data.eval_size", f"{data.eval_size} is a share and must be below 1; write an integer for a count"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -20,6 +20,19 @@ class Section(BaseModel):
     """A strict mapping: no unknown keys, no silent conversions, no NaN, immutable once read."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    #: Settings that change how long it takes and not what comes out.
+    EFFORT: ClassVar[frozenset[str]] = frozenset()
+
+    def contradictions(self) -> Iterable[tuple[str, str]]:
+        """Yield (key inside the section, what is wrong and how to fix it) for settings that cannot go together."""
+        return ()
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Section:
+        for key, problem in self.contradictions():
+            raise ValueError(f"{key}: {problem}")
+        return self
 
 
 def _names_something_new(path: str) -> str:
@@ -114,6 +127,29 @@ class CandidatesSection(Section):
         """How many groups `beams` is split into."""
         return (self.num_beam_groups or self.beams) if self.strategy == "diverse_beam" else 1
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        # Those that are not at their defaults, which a snapshot writes out as well.
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        for name in sorted(changed & (_STRATEGY_SETTINGS - READS[self.strategy])):
+            yield name, f"has no effect with strategy {self.strategy}; remove it"
+        if self.strategy != "top_p" and self.beams < self.k:
+            yield "k", f"{self.k} responses cannot come from {self.beams} beams; raise num_beams"
+        if self.beams % self.beam_groups:
+            yield "num_beam_groups", f"{self.beams} beams do not split into {self.beam_groups} equal groups"
+        if (self.backend == "endpoint") != (self.endpoint is not None):
+            yield "endpoint", "goes with backend: endpoint, and only with it; set both or neither"
+        if self.endpoint is not None and (self.model or self.adapter):
+            yield (
+                "model",
+                "an endpoint serves its own weights; name them as endpoint.model, and remove model and adapter",
+            )
+        if self.backend == "endpoint" and self.strategy != "top_p":
+            yield "strategy", f"{self.strategy} is not a part of OpenAI's API; use top_p"
+        if self.backend == "vllm" and self.strategy == "diverse_beam":
+            yield "strategy", "vllm has no diverse beam search; use backend: transformers"
+        if self.backend == "vllm" and "early_stopping" in changed:
+            yield "early_stopping", "vllm's beam search has no such setting; remove it"
+
 
 class SamplingSection(Section):
     """What `rrhf-peft sample` reads."""
@@ -152,61 +188,18 @@ class SamplingSection(Section):
         32, ge=1, description="Prompts finished and written at a time: what a kill can lose. Changes no result."
     )
 
-    @model_validator(mode="after")
-    def _refuse_impossible_combinations(self) -> SamplingSection:
-        for key, problem in _sampling_contradictions(self):
-            raise ValueError(f"sampling.{key}: {problem}")
-        return self
-
-
-def _sampling_contradictions(sampling: SamplingSection) -> Iterator[tuple[str, str]]:
-    """Yield (key, what is wrong and how to fix it) for settings that cannot go together."""
-    if not sampling.candidates and not sampling.keep_provided:
-        yield "candidates", "is empty and keep_provided is false, so there is nothing to write; change one of the two"
-    for place, entry in enumerate(sampling.candidates):
-        yield from entry_contradictions(entry, f"candidates.{place}")
-
-
-def entry_contradictions(entry: CandidatesSection, at: str) -> Iterator[tuple[str, str]]:
-    """The same for one entry, whose keys begin with `at`."""
-    for name in sorted(_changed(entry) & (_STRATEGY_SETTINGS - READS[entry.strategy])):
-        yield f"{at}.{name}", f"has no effect with strategy {entry.strategy}; remove it"
-    if entry.strategy != "top_p" and entry.beams < entry.k:
-        yield f"{at}.k", f"{entry.k} responses cannot come from {entry.beams} beams; raise num_beams"
-    if entry.beams % entry.beam_groups:
-        yield f"{at}.num_beam_groups", f"{entry.beams} beams do not split into {entry.beam_groups} equal groups"
-    for name, problem in _backend_problems(entry):
-        yield f"{at}.{name}", problem
-
-
-def _backend_problems(entry: CandidatesSection) -> Iterator[tuple[str, Any]]:
-    if (entry.backend == "endpoint") != (entry.endpoint is not None):
-        yield "endpoint", "goes with backend: endpoint, and only with it; set both or neither"
-    if entry.endpoint is not None and (entry.model or entry.adapter):
-        yield "model", "an endpoint serves its own weights; name them as endpoint.model, and remove model and adapter"
-    if entry.backend == "endpoint" and entry.strategy != "top_p":
-        yield "strategy", f"{entry.strategy} is not a part of OpenAI's API; use top_p"
-    if entry.backend == "vllm" and entry.strategy == "diverse_beam":
-        yield "strategy", "vllm has no diverse beam search; use backend: transformers"
-    if entry.backend == "vllm" and "early_stopping" in _changed(entry):
-        yield "early_stopping", "vllm's beam search has no such setting; remove it"
-
-
-def _changed(entry: CandidatesSection) -> set[str]:
-    """The settings that are not at their defaults, which a snapshot writes out as well."""
-    return {name for name, field in type(entry).model_fields.items() if getattr(entry, name) != field.default}
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if not self.candidates and not self.keep_provided:
+            yield (
+                "candidates",
+                "is empty and keep_provided is false, so there is nothing to write; change one of the two",
+            )
 
 
 DEFAULT_ASPECTS = {"relevance": 1.0, "correctness": 1.0, "coherence": 1.0, "safety": 1.0}
 
 
-class _Strict(Section):
-    """A section; `EFFORT` names the settings that change how long it takes and not what comes out."""
-
-    EFFORT: ClassVar[frozenset[str]] = frozenset()
-
-
-class RewardModelScorer(_Strict):
+class RewardModelScorer(Section):
     """A reward model: one number for prompt and response."""
 
     EFFORT = frozenset({"batch_tokens"})
@@ -245,8 +238,22 @@ class RewardModelScorer(_Strict):
         False, description="Read pytorch_model.bin where there are no safetensors. Pickled files can hide code."
     )
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.label is not None and self.values is not None:
+            yield "values", "label and values are two ways to one score; remove one"
+        if self.layout == "value_head":
+            if self.label is not None or self.values is not None:
+                yield "label", "a value head has a single output; remove label and values"
+            if self.append_eos is False or self.template == "pair":
+                yield (
+                    "template" if self.template == "pair" else "append_eos",
+                    "a value head is read at the EOS that ends the text; remove append_eos: false and template: pair",
+                )
+        elif self.base is not None:
+            yield "base", "is read with layout: value_head only; remove it"
 
-class JudgeScorer(_Strict):
+
+class JudgeScorer(Section):
     """A language model behind an OpenAI-compatible endpoint."""
 
     EFFORT = frozenset(
@@ -300,8 +307,20 @@ class JudgeScorer(_Strict):
         None, ge=1, description="The same for tokens, prompt and reply, as the server counts them."
     )
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.low >= self.high:
+            yield "low", f"{self.low:g} must be below high = {self.high:g}"
+        if any(weight < 0 for weight in self.aspects.values()) or not any(self.aspects.values()):
+            yield "aspects", "weights must not be negative, and one must be above 0"
+        for aspect in self.aspects:
+            if aspect not in DEFAULT_ASPECTS and aspect not in self.aspect_meanings:
+                yield "aspect_meanings", f"tell the judge what {aspect!r} means"
+        for aspect in self.aspect_meanings:
+            if aspect not in self.aspects:
+                yield "aspect_meanings", f"{aspect!r} is not among aspects; add it there with its weight"
 
-class RuleScorer(_Strict):
+
+class RuleScorer(Section):
     """A Python function."""
 
     name: Literal["rule"]
@@ -310,7 +329,7 @@ class RuleScorer(_Strict):
     )
 
 
-class PolicyScorer(_Strict):
+class PolicyScorer(Section):
     """RRHF as a reward model: the length-normalised log-prob of the response under a policy."""
 
     EFFORT = frozenset({"batch_tokens"})
@@ -326,8 +345,12 @@ class PolicyScorer(_Strict):
     length_penalty: float = Field(1.0, ge=0, description="Exponent a of |y| in Eq. 1 of arXiv 2304.05302.")
     batch_tokens: int = Field(16384, ge=1, description="Tokens per batch; halved where the GPU's memory ends.")
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if (self.max_prompt_tokens or 1) >= self.max_tokens:
+            yield "max_prompt_tokens", "leaves no token of max_tokens for a response; lower it"
 
-class SourceScorer(_Strict):
+
+class SourceScorer(Section):
     """Who wrote a response, as in SPIN: a human's answer above the policy's own."""
 
     name: Literal["source"]
@@ -337,7 +360,7 @@ class SourceScorer(_Strict):
     )
 
 
-class HumanScorer(_Strict):
+class HumanScorer(Section):
     """People's ranks: a blind sheet out first, then the filled copies in."""
 
     name: Literal["human"]
@@ -346,12 +369,9 @@ class HumanScorer(_Strict):
         default_factory=list, description="Filled sheets, one for each annotator. Empty: write the sheet."
     )
 
-
-class _WithDefaults(_Strict):
-    weight: float = Field(1.0, ge=-1e6, le=1e6, description="Weight in a weighted_sum.")
-    normalize: Literal["none", "zscore", "rank"] = Field(
-        "none", description="Before combining. zscore: over the data. rank: share of its group that a response beats."
-    )
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if not self.sheet.endswith((".csv", ".jsonl")):
+            yield "sheet", f"{self.sheet!r} must end in .csv or .jsonl"
 
 
 SingleScorer = Annotated[
@@ -360,13 +380,17 @@ SingleScorer = Annotated[
 ]
 
 
-class PartSection(_WithDefaults):
+class PartSection(Section):
     """One scorer of a composite."""
 
+    weight: float = Field(1.0, ge=-1e6, le=1e6, description="Weight in a weighted_sum.")
+    normalize: Literal["none", "zscore", "rank"] = Field(
+        "none", description="Before combining. zscore: over the data. rank: share of its group that a response beats."
+    )
     scorer: SingleScorer = Field(description="Any scorer but a composite.")
 
 
-class CompositeScorer(_Strict):
+class CompositeScorer(Section):
     """Several scorers as one."""
 
     name: Literal["composite"]
@@ -380,6 +404,30 @@ class CompositeScorer(_Strict):
         None, description="reward_under_cost: responses that cost more rank below all others."
     )
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if len(self.parts) < 2:
+            yield "parts", "a composite combines two scorers or more; add one, or name the scorer alone"
+        under_cost = {"reward": self.reward, "cost": self.cost, "cost_limit": self.cost_limit}
+        for key, value in under_cost.items():
+            if self.how == "reward_under_cost" and value is None:
+                yield key, "is required by how: reward_under_cost"
+            if self.how != "reward_under_cost" and value is not None:
+                yield key, "is read by how: reward_under_cost only; remove it"
+        if self.how == "reward_under_cost":
+            for key in ("reward", "cost"):
+                if under_cost[key] not in self.parts:
+                    yield key, f"there is no part {under_cost[key]!r}; parts are {', '.join(self.parts)}"
+            if len(self.parts) > 2 or self.reward == self.cost:
+                yield "parts", "reward_under_cost combines two parts: a reward and a cost"
+        for label, part in self.parts.items():
+            if label == "input" or "." in label:
+                problem = "this name is taken for raw scores of the input or of aspects; choose another"
+                yield f"parts.{label}", problem
+            if part.weight != 1.0 and self.how != "weighted_sum":
+                yield f"parts.{label}.weight", "is read by how: weighted_sum only; remove it"
+            if isinstance(part.scorer, HumanScorer) and not part.scorer.annotations:
+                yield f"parts.{label}.scorer.annotations", "a composite needs the filled sheets; name them"
+
 
 ScorerSection = Annotated[
     RewardModelScorer | JudgeScorer | RuleScorer | PolicyScorer | SourceScorer | HumanScorer | CompositeScorer,
@@ -387,7 +435,7 @@ ScorerSection = Annotated[
 ]
 
 
-class ScoringSection(_Strict):
+class ScoringSection(Section):
     """Candidates in, scored groups out."""
 
     input: Paths = Field(
@@ -405,83 +453,13 @@ class ScoringSection(_Strict):
     )
     seed: int = Field(0, description="Of the shuffling in rankings and sheets.")
 
-    @model_validator(mode="after")
-    def _refuse_impossible_combinations(self) -> ScoringSection:
-        for key, problem in _scoring_contradictions(self):
-            raise ValueError(f"scoring.{key}: {problem}")
-        return self
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if not self.output.endswith(".jsonl"):
+            yield "output", f"{self.output!r} must end in .jsonl"
 
 
-def _scoring_contradictions(scoring: ScoringSection) -> Iterator[tuple[str, str]]:
-    """Yield (key inside scoring, what is wrong and how to fix it) for settings that cannot go together."""
-    if not scoring.output.endswith(".jsonl"):
-        yield "output", f"{scoring.output!r} must end in .jsonl"
-    yield from scorer_contradictions(scoring.scorer)
-
-
-def scorer_contradictions(scorer: Any) -> Iterator[tuple[str, str]]:
-    """The same for a scorer of any kind, which stands under the key `scorer`."""
-    if isinstance(scorer, CompositeScorer):
-        yield from _composite_contradictions(scorer)
-        for label, part in scorer.parts.items():
-            yield from _single_contradictions(part.scorer, f"scorer.parts.{label}.scorer")
-    else:
-        yield from _single_contradictions(scorer, "scorer")
-
-
-def _single_contradictions(scorer: Any, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(scorer, RewardModelScorer):
-        if scorer.label is not None and scorer.values is not None:
-            yield f"{key}.values", "label and values are two ways to one score; remove one"
-        if scorer.layout == "value_head" and (scorer.label is not None or scorer.values is not None):
-            yield f"{key}.label", "a value head has a single output; remove label and values"
-        if scorer.layout == "value_head" and (scorer.append_eos is False or scorer.template == "pair"):
-            yield key, "a value head is read at the EOS that ends the text; remove append_eos: false and template: pair"
-        if scorer.layout != "value_head" and scorer.base is not None:
-            yield f"{key}.base", "is read with layout: value_head only; remove it"
-    if isinstance(scorer, JudgeScorer):
-        if scorer.low >= scorer.high:
-            yield f"{key}.low", f"{scorer.low:g} must be below {key}.high = {scorer.high:g}"
-        if any(weight < 0 for weight in scorer.aspects.values()) or not any(scorer.aspects.values()):
-            yield f"{key}.aspects", "weights must not be negative, and one must be above 0"
-        for aspect in scorer.aspects:
-            if aspect not in DEFAULT_ASPECTS and aspect not in scorer.aspect_meanings:
-                yield f"{key}.aspect_meanings", f"tell the judge what {aspect!r} means"
-        for aspect in scorer.aspect_meanings:
-            if aspect not in scorer.aspects:
-                yield f"{key}.aspect_meanings", f"{aspect!r} is not among aspects; add it there with its weight"
-    if isinstance(scorer, PolicyScorer) and (scorer.max_prompt_tokens or 1) >= scorer.max_tokens:
-        yield f"{key}.max_prompt_tokens", "leaves no token of max_tokens for a response; lower it"
-    if isinstance(scorer, HumanScorer) and not scorer.sheet.endswith((".csv", ".jsonl")):
-        yield f"{key}.sheet", f"{scorer.sheet!r} must end in .csv or .jsonl"
-
-
-def _composite_contradictions(scorer: CompositeScorer) -> Iterator[tuple[str, str]]:
-    labels = ", ".join(scorer.parts)
-    if len(scorer.parts) < 2:
-        yield "scorer.parts", "a composite combines two scorers or more; add one, or name the scorer alone"
-    under_cost = {"reward": scorer.reward, "cost": scorer.cost, "cost_limit": scorer.cost_limit}
-    for key, value in under_cost.items():
-        if scorer.how == "reward_under_cost" and value is None:
-            yield f"scorer.{key}", "is required by how: reward_under_cost"
-        if scorer.how != "reward_under_cost" and value is not None:
-            yield f"scorer.{key}", "is read by how: reward_under_cost only; remove it"
-    if scorer.how == "reward_under_cost":
-        for key in ("reward", "cost"):
-            if under_cost[key] not in scorer.parts:
-                yield f"scorer.{key}", f"there is no part {under_cost[key]!r}; parts are {labels}"
-        if len(scorer.parts) > 2 or scorer.reward == scorer.cost:
-            yield "scorer.parts", "reward_under_cost combines two parts: a reward and a cost"
-    for label, part in scorer.parts.items():
-        if label == "input" or "." in label:
-            yield (
-                f"scorer.parts.{label}",
-                "this name is taken for raw scores of the input or of aspects; choose another",
-            )
-        if part.weight != 1.0 and scorer.how != "weighted_sum":
-            yield f"scorer.parts.{label}.weight", "is read by how: weighted_sum only; remove it"
-        if isinstance(part.scorer, HumanScorer) and not part.scorer.annotations:
-            yield f"scorer.parts.{label}.scorer.annotations", "a composite needs the filled sheets; name them"
+#: Names of policies and scorers are parts of file names.
+_NAME = re.compile(r"\w[\w .+=@-]*", flags=re.ASCII)
 
 
 class PolicySection(Section):
@@ -572,36 +550,24 @@ class EvaluationSection(Section):
             return sorted(set(self.best_of))
         return [2**power for power in range(self.decoding.k.bit_length())]
 
-    @model_validator(mode="after")
-    def _refuse_impossible_combinations(self) -> EvaluationSection:
-        for key, problem in _evaluation_contradictions(self):
-            raise ValueError(f"evaluation.{key}: {problem}")
-        return self
-
-
-#: Names of policies and scorers are parts of file names.
-_NAME = re.compile(r"\w[\w .+=@-]*", flags=re.ASCII)
-
-
-def _evaluation_contradictions(evaluation: EvaluationSection) -> Iterator[tuple[str, str]]:
-    """Yield (key inside evaluation, what is wrong and how to fix it) for settings that cannot go together."""
-    for name in evaluation.policies:
-        if not _NAME.fullmatch(name):
-            yield f"policies.{name}", "names a file as well; use letters, digits, blanks and . + = @ - _ only"
-    for label, scorer in evaluation.scorers.items():
-        if not _NAME.fullmatch(label) or "." in label:
-            yield f"scorers.{label}", "names a file as well; use letters, digits, blanks and + = @ - _ only"
-        for problem in _scorer_problems(scorer):
-            yield f"scorers.{label}", problem
-    k, decoding = evaluation.decoding.k, evaluation.decoding
-    for size in evaluation.best_of or []:
-        if not 1 <= size <= k:
-            yield "best_of", f"the best of {size} cannot be taken from {k} responses; raise decoding.k or remove it"
-    for name in ("temperature", "top_p"):
-        if getattr(decoding, name) != 1.0 and name not in READS[decoding.strategy]:
-            yield f"decoding.{name}", f"has no effect with strategy {decoding.strategy}; remove it"
-    if evaluation.wins is not None:
-        yield from _wins_problems(evaluation, evaluation.wins)
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        for name in self.policies:
+            if not _NAME.fullmatch(name):
+                yield f"policies.{name}", "names a file as well; use letters, digits, blanks and . + = @ - _ only"
+        for label, scorer in self.scorers.items():
+            if not _NAME.fullmatch(label) or "." in label:
+                yield f"scorers.{label}", "names a file as well; use letters, digits, blanks and + = @ - _ only"
+            for problem in _scorer_problems(scorer):
+                yield f"scorers.{label}", problem
+        k, decoding = self.decoding.k, self.decoding
+        for size in self.best_of or []:
+            if not 1 <= size <= k:
+                yield "best_of", f"the best of {size} cannot be taken from {k} responses; raise decoding.k or remove it"
+        for name in ("temperature", "top_p"):
+            if getattr(decoding, name) != 1.0 and name not in READS[decoding.strategy]:
+                yield f"decoding.{name}", f"has no effect with strategy {decoding.strategy}; remove it"
+        if self.wins is not None:
+            yield from _wins_problems(self, self.wins)
 
 
 def _scorer_problems(scorer: Any) -> Iterator[str]:

@@ -43,7 +43,7 @@ def error_of(path: Path, *overrides: str) -> str:
         ("model.quantization=nf5", ["'nf5' is not one of 'none', 'int8', 'nf4' or 'fp4'; did you mean 'nf4'?"]),
         (
             "objective.name=rrfh",
-            ["'rrfh' is not one of 'rrhf', 'sft', 'dpo', 'ipo'", "'pro'; did you mean 'rrhf'?"],
+            ["'rrfh' is not one of the known values; did you mean 'rrhf'?"],
         ),
         ("training.optim=adamw_torc", ["not one of the known values; did you mean 'adamw_torch'?"]),
         ("engine.chunk_tokens=0", ["must be 'auto' or greater than or equal to 1, not 0"]),
