@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "paper"))
 
 import yaml
+from ppo import PPO, train_ppo
 from reproduce_stories import distinct_beginnings, read_stories
 from study_measure import Gold, Judge, Policy, distinct_2
 from study_report import at_matched_kl, write_report
@@ -39,7 +40,7 @@ PROTOCOL = Path(__file__).resolve().with_name("protocol.yaml")
 BRIEF = {
     "data": {"train": 12, "dev": 3, "test": 4, "responses": 24, "k": 4, "temperature": 1.0, "max_new_tokens": 6},
     "training": {"epochs": 1, "groups_per_step": 3, "lora_r": 2},
-    "losses": ("rrhf", "rank_weight_0", "dpo", "rrhf_ragged"),
+    "losses": ("rrhf", "rank_weight_0", "dpo", "rrhf_ragged", "ppo"),
     "scales": [0.5, 1.0],
     "seeds": [11, 12],
     "resamples": 200,
@@ -291,6 +292,9 @@ def train(study: Study, unit: Unit, policy: Policy, rows: Sequence[dict[str, Any
     ]
     per_step = training["groups_per_step"] * study.protocol["data"]["k"] * len(sizes) / sum(sizes)
     policy.add_adapter(training["lora_r"], unit.seed)
+    if loss["objective"] == "ppo":
+        train_by_ppo(study, unit, policy, [group.prompt for group in groups])
+        return
     with tempfile.TemporaryDirectory() as folder:
         RRHFTrainer(
             model=policy.model,
@@ -311,6 +315,18 @@ def train(study: Study, unit: Unit, policy: Policy, rows: Sequence[dict[str, Any
             train_dataset=groups,
             processing_class=policy.tokenizer,
         ).train()
+
+
+def train_by_ppo(study: Study, unit: Unit, policy: Policy, prompts: Sequence[Any]) -> None:
+    """As many responses as the other losses see, and as many passes over each, but the policy's own."""
+    data, training = study.protocol["data"], study.protocol["training"]
+    size = training["groups_per_step"]
+    batches = [
+        [prompt for prompt in prompts[start : start + size] for _ in range(data["k"])]
+        for start in range(0, len(prompts), size)
+    ]
+    settings = PPO(epochs=training["epochs"], **dict(unit.settings))
+    train_ppo(policy, batches, vader_of, data, settings, unit.seed)
 
 
 def _brief(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Policy:
         answers = []
         for start in range(0, len(prompts), ROWS):
             ids = [self.prompt_ids(prompt) for prompt in prompts[start : start + ROWS]]
-            tokens, mask = _padded(ids, self.tokenizer.pad_token_id, left=True)
+            tokens, mask = padded(ids, self.tokenizer.pad_token_id, left=True)
             drawn = self.model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -106,7 +106,7 @@ class Policy:
     def _log_probs(self, answers: Sequence[dict[str, Any]]) -> torch.Tensor:
         """log P(next token) at every position [rows, positions, V] of prompts with their responses."""
         ids = [answer["prompt_ids"] + answer["ids"] for answer in answers]
-        tokens, mask = _padded(ids, self.tokenizer.pad_token_id, left=False)
+        tokens, mask = padded(ids, self.tokenizer.pad_token_id, left=False)
         return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
 
     @torch.no_grad()
@@ -130,7 +130,8 @@ class Policy:
         return right / pairs if pairs else math.nan
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask [rows, longest]."""
     longest = max(map(len, rows))
     fill = [longest - len(row) for row in rows]
     tokens = [[pad] * n + [*row] if left else [*row] + [pad] * n for row, n in zip(rows, fill, strict=True)]

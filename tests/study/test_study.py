@@ -116,8 +116,10 @@ def test_the_losses_of_the_protocol_are_those_there_are() -> None:
     from rrhf_peft.objectives import OBJECTIVES, ONLINE_ONLY
 
     protocol = yaml.safe_load(study.PROTOCOL.read_text(encoding="utf-8"))
-    assert {loss["objective"] for loss in protocol["losses"].values()} == set(OBJECTIVES) - ONLINE_ONLY
+    assert {loss["objective"] for loss in protocol["losses"].values()} == set(OBJECTIVES) - ONLINE_ONLY | {"ppo"}
     for name, loss in protocol["losses"].items():
+        if loss["objective"] == "ppo":
+            continue
         for settings in study.Study(protocol, "model", "stories", Path(), Path()).settings(name):
             options = {**loss.get("options", {}), **dict(settings)}
             options.pop("learning_rate")
