@@ -1,7 +1,7 @@
 """One display of progress for every verb: how much of how many, at which rate, and the time left.
 
-A bar where somebody looks on; in logs a line at most every ten seconds; nothing on a quiet console. Of several
-processes the main one shows its share.
+A bar where somebody looks on; in logs a line at most every ten seconds, the first of them at once if the work will take
+longer; nothing on a quiet console. Of several processes the main one shows its share.
 
     with progress(console, "scoring", len(groups), unit="groups") as advance:
         for unit in units:
@@ -63,8 +63,10 @@ class Advance:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self.done, total=self.total, numbers=self.numbers())
         elif self.console is not None:
-            now, is_end = time.monotonic(), count > 0 and self.done == self.total and self.done > self._before + count
-            if is_end or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            now, is_first = time.monotonic(), count > 0 and self.done == self._before + count
+            is_end = count > 0 and self.done == self.total and not is_first
+            is_long = is_first and (self._seconds_left() or 0.0) >= SECONDS_BETWEEN_LINES
+            if is_end or is_long or now - self._last_line >= SECONDS_BETWEEN_LINES:
                 self._last_line = now
                 self.note(f"{self.title}: {self.numbers()}")
 
@@ -92,9 +94,16 @@ class Advance:
         else:
             parts.append(f"{_rate(rate)} {self.unit}/s")
         parts += [f"{_rate(count / seconds)} {name}/s" for name, count in self._also.items()]
-        if self.total is not None and rate > 0 and self.done < self.total:
-            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        if left := self._seconds_left():
+            parts.append(f"{duration(left)} left")
         return ", ".join([*parts, self._text] if self._text else parts)
+
+    def _seconds_left(self) -> float | None:
+        """At the rate until now; None where it or the total is not known."""
+        done = self.done - self._before
+        if self.total is None or done <= 0 or self.done >= self.total:
+            return None
+        return (self.total - self.done) * (time.monotonic() - self._started) / done
 
     def stop(self) -> None:
         """Put the terminal right."""

@@ -108,6 +108,25 @@ def test_the_verb_prints_the_path_and_takes_an_output(evaluation: Path, tmp_path
     assert "no such folder" in missing.stderr
 
 
+def test_a_comparisons_folder_is_its_runs_and_their_evaluation(trained_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compared"
+    for name in ("rrhf", "other"):
+        shutil.copytree(trained_run, folder / name)
+    recipe = (folder / "other" / "recipe.yaml").read_text()
+    (folder / "other" / "recipe.yaml").write_text(recipe.replace("rank_weight: 1.0", "rank_weight: 0.5"))
+    policies = {"base": policy(0.1), **{name: policy(0.5, adapter=str(folder / name)) for name in ("rrhf", "other")}}
+    write_evaluation(folder / "evaluation", policies)
+    (folder / "notes").mkdir()  # something else, which nobody asked for
+    text = write_report([folder]).read_text()
+    assert (folder / "report.html").is_file()
+    assert text.index("Recipe of rrhf") < text.index("Recipe of other")  # as in the evaluation, not by name
+    assert "What differs" in text
+    assert '<th scope="row">objective.rank_weight</th><td>1.0</td><td>0.5</td>' in text
+    assert "objective.variant</th>" not in text
+    (tmp_path / "empty").mkdir()
+    assert "not a folder to report on" in refusal(tmp_path / "empty")
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [write_evaluation(tmp_path / f"{part}/evaluation", {"base": policy(0.1)}) for part in ("one", "two")]
     text = write_report(folders, tmp_path / "r.html").read_text()
