@@ -1,8 +1,9 @@
 """Files -> RankedGroup -> token ids -> GroupBatch, and the report of what became of the data."""
 
+from rrhf_peft.data.arrow import GroupTable, TokenTable
 from rrhf_peft.data.formats import IMPORTERS
 from rrhf_peft.data.inspect import plot_scores, render_example
-from rrhf_peft.data.reading import ConversionReport, convert, hold_out, read_groups, write_ranked
+from rrhf_peft.data.reading import ConversionReport, convert, hold_out, open_groups, read_groups, write_ranked
 from rrhf_peft.data.report import DataReport, RankedStatistics, SourceReport, ranked_statistics, report_table
 from rrhf_peft.data.templates import (
     TEMPLATES,
@@ -33,8 +34,10 @@ __all__ = [
     "DataReport",
     "Encoder",
     "GroupCollator",
+    "GroupTable",
     "RankedStatistics",
     "SourceReport",
+    "TokenTable",
     "chat_messages",
     "continuation_ids",
     "conversation_ids",
@@ -42,6 +45,7 @@ __all__ = [
     "encode_prompts",
     "end_of_response_ids",
     "hold_out",
+    "open_groups",
     "plot_scores",
     "prompt_text",
     "ranked_statistics",

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rrhf_peft.data.arrow import GroupTable, contents_hash, fingerprint, stored_groups
 from rrhf_peft.data.formats import IMPORTERS, check_format, importer_for, unranked
-from rrhf_peft.data.rows import UNRATED, Row, data_path, rows_of
+from rrhf_peft.data.rows import UNRATED, Row, data_path, rows_of, size_and_origin
 from rrhf_peft.files import check_output, replace_text, write_files
 from rrhf_peft.records import RankedGroup, UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+#: Bytes of text up to which groups are held as objects, which take about ten times as much.
+HELD_IN_MEMORY = 2**25
 
 
 def read_groups(
@@ -48,18 +56,52 @@ def read_groups(
     Raises:
         UserError: names the file, line and field, and what to do.
     """
+    return list(_stream(where, format, split, revision, max_groups, needs))
+
+
+def open_groups(
+    where: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    format: str = "auto",
+    split: str = "train",
+    revision: str | None = None,
+    max_groups: int | None = None,
+    needs: Literal["scores", "responses", "prompt"] = "scores",
+) -> Sequence[RankedGroup]:
+    """The same groups as `read_groups` reads; those of large data stay on disk (`GroupTable`)."""
+    places = [os.fspath(where)] if isinstance(where, (str, os.PathLike)) else [os.fspath(place) for place in where]
+    contents = [size_and_origin(place, split=split, revision=revision) for place in places]
+
+    def stream() -> Iterator[RankedGroup]:
+        return _stream(places, format, split, revision, max_groups, needs)
+
+    if sum(size for size, _ in contents) <= HELD_IN_MEMORY:
+        return list(stream())
+    hashes = [origin if isinstance(origin, str) else contents_hash(origin) for _, origin in contents]
+    return stored_groups(stream, fingerprint(hashes, places, format, split, revision, max_groups, needs))
+
+
+def _stream(
+    where: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    format: str,
+    split: str,
+    revision: str | None,
+    max_groups: int | None,
+    needs: str,
+) -> Iterator[RankedGroup]:
     check_format(format)
     paths = [where] if isinstance(where, (str, os.PathLike)) else where
     if not paths:
         raise UserError("no data was named. Give at least one file, folder or hub id.")
     read = chain.from_iterable(_groups_of(os.fspath(path), format, split, revision, needs) for path in paths)
-    groups = [replace(group, index=index) for index, group in enumerate(islice(read, max_groups))]
-    if not groups:
+    index = -1
+    for index, group in enumerate(islice(read, max_groups)):
+        yield group if group.index == index else replace(group, index=index)
+    if index < 0:
         raise UserError(
             f"{', '.join(map(str, paths))}: no group was found in the rows of format {format}. Check that some have "
             "ratings or ranks."
         )
-    return groups
 
 
 def _groups_of(where: str, format: str, split: str, revision: str | None, needs: str) -> Iterator[RankedGroup]:
@@ -163,7 +205,7 @@ def _ranked_lines(path: str | os.PathLike[str], groups: Sequence[RankedGroup]) -
 
 def hold_out(
     groups: Sequence[RankedGroup], size: int | float, seed: int
-) -> tuple[list[RankedGroup], list[RankedGroup]]:
+) -> tuple[Sequence[RankedGroup], Sequence[RankedGroup]]:
     """Split into (train, eval), both in the order of `groups`; the same arguments give the same split.
 
     Groups with the same prompt stay together, so that no evaluation prompt is trained on. `size` is
@@ -176,22 +218,30 @@ def hold_out(
         UserError: `size` leaves no group to train on or none to evaluate on.
     """
     wanted = size if isinstance(size, int) else max(1, round(size * len(groups)))
-    by_prompt: dict[str, list[int]] = {}
-    for index, group in enumerate(groups):
-        by_prompt.setdefault(json.dumps(group.prompt), []).append(index)
-    prompts = list(by_prompt.values())
+    numbers: dict[bytes, int] = {}  # prompts in the order of their first groups
+    prompt_of = array("q")
+    for group in groups:
+        digest = hashlib.blake2b(json.dumps(group.prompt).encode(), digest_size=12).digest()
+        prompt_of.append(numbers.setdefault(digest, len(numbers)))
+    sizes, prompts = Counter(prompt_of), list(range(len(numbers)))
     random.Random(seed).shuffle(prompts)
     held: set[int] = set()
-    for members in prompts:
-        if len(held) + len(members) <= wanted and len(held) + len(members) < len(groups):
-            held.update(members)
+    count = 0
+    for prompt in prompts:
+        if count + sizes[prompt] <= wanted and count + sizes[prompt] < len(groups):
+            held.add(prompt)
+            count += sizes[prompt]
     if not held or wanted >= len(groups):
         raise UserError(
             f"cannot hold out {size} of {len(groups)} groups with {len(prompts)} different prompts: both parts need "
             "a group, and the same prompt is never in both. Set data.eval_size lower, or name data.eval."
         )
-    train = [group for index, group in enumerate(groups) if index not in held]
-    return train, [group for index, group in enumerate(groups) if index in held]
+    train = [index for index, prompt in enumerate(prompt_of) if prompt not in held]
+    return _select(groups, train), _select(groups, [index for index, prompt in enumerate(prompt_of) if prompt in held])
+
+
+def _select(groups: Sequence[RankedGroup], indices: Sequence[int]) -> Sequence[RankedGroup]:
+    return groups.select(indices) if isinstance(groups, GroupTable) else [groups[index] for index in indices]
 
 
 @dataclass(frozen=True)

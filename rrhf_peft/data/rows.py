@@ -320,9 +320,24 @@ def rows_of(where: str, *, split: str, revision: str | None = None) -> Iterator[
         return (row for file in files_of_split(path, split) for row in rows_of_file(file))
     if path.exists():
         raise UserError(f"{where}: is neither a file nor a folder (a pipe or a device). Name a file that holds data.")
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", where) and file_type(path) not in (*READERS, ".txt"):
+    if _is_hub_id(where):
         return rows_of_hub(where, split=split, revision=revision)
     raise UserError(f"{where}: there is no such file or folder{_did_you_mean(path)}. Check the path.")
+
+
+def size_and_origin(where: str, *, split: str, revision: str | None = None) -> tuple[int, list[Path] | str]:
+    """About how many bytes of text a place holds, and its files, or the fingerprint of a hub data set."""
+    path = data_path(where)
+    if not path.exists() and _is_hub_id(where):
+        data = _hub_dataset(where, split, revision)
+        return data.data.nbytes, str(data._fingerprint)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size * (8 if file.suffix in (".gz", ".parquet") else 1) for file in files), files
+
+
+def _is_hub_id(where: str) -> bool:
+    shape = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", where)
+    return shape is not None and file_type(Path(where)) not in (*READERS, ".txt")
 
 
 def data_path(where: str) -> Path:
@@ -372,6 +387,10 @@ def rows_of_hub(name: str, *, split: str, revision: str | None = None) -> Iterat
     Raises:
         UserError: the hub or the data set cannot be reached, or it has no such split.
     """
+    return _rows_of_dataset(_hub_dataset(name, split, revision), name)
+
+
+def _hub_dataset(name: str, split: str, revision: str | None) -> Any:
     import datasets  # here, because local files should not wait for it
 
     path, _, config = name.partition(":")
@@ -384,7 +403,7 @@ def rows_of_hub(name: str, *, split: str, revision: str | None = None) -> Iterat
             f"{name}: there is no such file or folder, and as a hub data set it cannot be loaded ({reason}). Check "
             "the spelling, the split and the network; a private or gated data set needs HF_TOKEN."
         ) from None
-    return _rows_of_dataset(data, name)
+    return data
 
 
 @contextlib.contextmanager

@@ -32,17 +32,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rrhf_peft.data.arrow import GroupTable, TokenTable, fingerprint, stored_tokens
 from rrhf_peft.data.report import DataReport, make_report
 from rrhf_peft.data.templates import (
     TEMPLATES,
@@ -190,7 +193,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bo
     if not texts:
         return []
     # verbose=False silences the warning about texts beyond the model's length: they are cut here.
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=not special, verbose=False)
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=not special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
     return encoded["input_ids"]
 
 
@@ -425,6 +435,14 @@ class Counts:
     responses_of: Counter[str] = field(default_factory=Counter)
     score_of: Counter[str] = field(default_factory=Counter)
 
+    def add(self, counted: Mapping[str, Any]) -> None:
+        """Add what another process has counted."""
+        for name, value in counted.items():
+            if isinstance(value, dict):
+                getattr(self, name).update(value)  # and not +, which loses sums below zero
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
     def read(self, group: RankedGroup) -> None:
         """Count a group as the file has it."""
         scores = group.known_scores
@@ -524,8 +542,10 @@ def tokenize_groups(
     overlong_prompt: str = "truncate",
     needs_pairs: bool = True,
     min_score_gap: float = 0.0,
-) -> tuple[list[TokenizedGroup], DataReport]:
+) -> tuple[Sequence[TokenizedGroup], DataReport]:
     """Turn groups into token ids by the rules above, and report what became of them.
+
+    Those of a `GroupTable` are tokenized once on a machine, by all of its cores, and stay on disk.
 
     Args:
         groups: Ranked groups; all responses have scores.
@@ -548,8 +568,29 @@ def tokenize_groups(
     """
     settings = Settings(template, max_prompt_tokens, max_tokens, overlong_prompt, needs_pairs, min_score_gap)
     encoder, counts = Encoder(tokenizer, template), Counts()
+    if isinstance(groups, GroupTable):
+        return _tokenize_table(groups, encoder, settings)
     kept = list(tokenized(groups, encoder, settings, counts))
     return kept, report_of(kept, encoder, settings, counts)
+
+
+def _tokenize_table(table: GroupTable, encoder: Encoder, settings: Settings) -> tuple[TokenTable, DataReport]:
+    def tokenize(groups: list[RankedGroup], start: int) -> tuple[list[TokenizedGroup], dict[str, Any]]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
+        counts = Counts()
+        return list(tokenized(groups, encoder, settings, counts, start)), vars(counts)
+
+    def report(kept: TokenTable, counted: list[dict[str, Any]]) -> dict[str, Any]:
+        counts = Counts()
+        for values in counted:
+            counts.add(values)
+        return report_of(kept, encoder, settings, counts).to_dict()
+
+    key = fingerprint(tokenization_fingerprint(encoder.tokenizer, settings.template), asdict(settings))
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    kept, values = stored_tokens(table, tokenize, report, key=key, processes=processes)
+    values["k_histogram"] = {int(k): count for k, count in values["k_histogram"].items()}
+    return kept, DataReport(**values)
 
 
 def report_of(kept: Sequence[TokenizedGroup], encoder: Encoder, settings: Settings, counts: Counts) -> DataReport:
@@ -662,9 +703,12 @@ def _no_data_left(counts: Counts) -> UserError:
 # ---- Batches ----
 
 
-def source_names(groups: Iterable[TokenizedGroup | RankedGroup]) -> list[str]:
+def source_names(*splits: Iterable[TokenizedGroup | RankedGroup]) -> list[str]:
     """Every source of these groups once, the most frequent first, equally frequent ones by name."""
-    counts = Counter(source for group in groups for source in group.sources)
+    counts: Counter[str] = Counter()
+    for groups in splits:
+        known = groups.source_counts() if isinstance(groups, TokenTable) else None
+        counts.update(known or (source for group in groups for source in group.sources))
     return sorted(counts, key=lambda source: (-counts[source], source))
 
 

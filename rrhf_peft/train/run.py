@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.console import terminal
-from rrhf_peft.data import DataReport, hold_out, read_groups, template_note, tokenize_groups
+from rrhf_peft.data import DataReport, hold_out, open_groups, template_note, tokenize_groups
 from rrhf_peft.files import begun_folder, check_output, disk_trouble, is_empty_folder, read_mark, replace_text, writing
 from rrhf_peft.jobs import exclusive, launched_processes
 from rrhf_peft.modeling import (
@@ -159,7 +159,7 @@ def train_recipe(
 # ---- The data ----
 
 
-def read_splits(recipe: Recipe) -> dict[str, list[RankedGroup]]:
+def read_splits(recipe: Recipe) -> dict[str, Sequence[RankedGroup]]:
     """The groups of `train`, and of `eval` where the recipe names or holds out such data.
 
     `training.seed` decides which groups `data.eval_size` holds out. Of an online recipe the groups of `train` may
@@ -170,7 +170,7 @@ def read_splits(recipe: Recipe) -> dict[str, list[RankedGroup]]:
     seed = TrainingArguments.seed if training.seed is None else training.seed  # type: ignore[attr-defined]
     groups = {"train": read_groups(data.train, **where, needs="scores" if recipe.online is None else "prompt")}
     if data.eval is not None:
-        groups["eval"] = read_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
+        groups["eval"] = open_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
     elif data.eval_size is not None:
         groups["train"], groups["eval"] = hold_out(groups["train"], data.eval_size, seed)
         if recipe.online is not None and not any(group.responses for group in groups["eval"]):
@@ -182,7 +182,7 @@ def read_splits(recipe: Recipe) -> dict[str, list[RankedGroup]]:
 
 
 def tokenize_splits(
-    recipe: Recipe, groups: dict[str, list[RankedGroup]], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, groups: dict[str, Sequence[RankedGroup]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same splits as tokens, each with its report.
 

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import strtobool
 
-from rrhf_peft.data import GroupCollator, source_names, tokenize_groups
+from rrhf_peft.data import GroupCollator, TokenTable, source_names, tokenize_groups
 from rrhf_peft.files import replace_text
 from rrhf_peft.logprobs import Proof, install, prove
 from rrhf_peft.modeling import check_gradients, load_base_model, load_tokenizer, prepare_for_training
@@ -106,7 +106,7 @@ class RRHFTrainer(Trainer):
         self.reference_cache = ReferenceCache(
             {name: groups for name, groups in splits.items() if groups is not None and self.reference == "cached"}
         )
-        self.source_names = source_names([*(train or ()), *(held_out or ())])
+        self.source_names = source_names(train or (), held_out or ())
         self.engine = install(model, layout=args.layout, chunk_tokens=args.chunk_tokens)
         self.proof: Proof | None = None
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -597,7 +597,9 @@ def _groups_in(batch: Any) -> int:
     return int((batch["index"] >= 0).sum())
 
 
-def _tokenised(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: RRHFConfig) -> list[TokenizedGroup]:
+def _tokenised(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: RRHFConfig) -> Sequence[TokenizedGroup]:
+    if isinstance(dataset, TokenTable):
+        return dataset
     groups = [item if isinstance(item, RankedGroup | TokenizedGroup) else _group_of(item) for item in dataset]
     if all(isinstance(group, TokenizedGroup) for group in groups):
         for group in groups:
