@@ -198,7 +198,10 @@ _ASSISTANT = "\n\nAssistant:"
 
 
 def preference(row: Row) -> RankedGroup:
-    """TRL's prompt, chosen, rejected: text or chat messages; without a prompt, what the two have in common."""
+    """TRL's prompt, chosen, rejected: text or chat messages; without a prompt, what the two have in common.
+
+    The scores are ``score_chosen`` and ``score_rejected`` where the row has both, else 1 and 0.
+    """
     if isinstance(row.values.get("chosen"), list) or isinstance(row.values.get("rejected"), list):
         return _conversations(row)
     chosen, rejected = row.text("chosen"), row.text("rejected")
@@ -315,8 +318,17 @@ def llama_factory(row: Row) -> RankedGroup:
 
 
 def _pair(row: Row, prompt: str | list[Message], chosen: str, rejected: str) -> RankedGroup:
-    rest = row.rest(("prompt", "chosen", "rejected"))
-    return row.group(prompt, [chosen, rejected], [1.0, 0.0], ["chosen", "rejected"], rest)
+    names = ("score_chosen", "score_rejected")
+    scores = [row.rating(name) for name in names]
+    if any(score is None for score in scores):
+        scores = [1.0, 0.0]
+    elif scores[0] < scores[1]:  # type: ignore[operator]
+        raise row.problem(
+            f"score_chosen is {scores[0]:g} and score_rejected {scores[1]:g}, but higher is better. Fix or remove that "
+            "row, or rename the columns if they are something else."
+        )
+    rest = row.rest(("prompt", "chosen", "rejected", *names))
+    return row.group(prompt, [chosen, rejected], scores, ["chosen", "rejected"], rest)
 
 
 def _alone(row: Row, prompt: str | list[Message], chosen: str) -> RankedGroup:

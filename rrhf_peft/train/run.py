@@ -168,7 +168,7 @@ def read_splits(recipe: Recipe) -> dict[str, Sequence[RankedGroup]]:
     data, training = recipe.data, recipe.training
     where: dict[str, Any] = {"format": data.format, "split": data.split, "max_groups": data.max_groups}
     seed = TrainingArguments.seed if training.seed is None else training.seed  # type: ignore[attr-defined]
-    groups = {"train": read_groups(data.train, **where, needs="scores" if recipe.online is None else "prompt")}
+    groups = {"train": open_groups(data.train, **where, needs="scores" if recipe.online is None else "prompt")}
     if data.eval is not None:
         groups["eval"] = open_groups(data.eval, format=data.format, split=data.eval_split, max_groups=data.max_groups)
     elif data.eval_size is not None:

@@ -65,6 +65,14 @@ CASES = {
         {"chosen": "The sky is blue", "rejected": "The sky is blue, or not"},
         ("The sky is", [" blue", " blue, or not"], *PAIR),
     ),
+    "preference with its scores": (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": 8.5},
+        ("p", ["a", "b"], [8.5, 8.5], ["chosen", "rejected"]),
+    ),
+    "preference with one score": (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 8.5, "score_rejected": None},
+        ("p", ["a", "b"], *PAIR),
+    ),
     "preference, nothing in common": ({"chosen": "yes", "rejected": "no"}, ("", ["yes", "no"], *PAIR)),
     "preference with messages": (
         {"prompt": USER, "chosen": [message("assistant", "a")], "rejected": [message("assistant", "b")]},
@@ -235,3 +243,8 @@ def test_a_transcript_without_an_answer_is_named():
 def test_an_unknown_format_is_answered_with_the_nearest(jsonl):
     with pytest.raises(UserError, match="did you mean 'preference'"):
         read_groups(jsonl({}), format="preferences")
+
+
+def test_scores_that_contradict_a_preference_are_told():
+    with pytest.raises(UserError, match=r"file\.jsonl:7: score_chosen is 1 and score_rejected 2, but higher is better"):
+        read(prompt="p", chosen="a", rejected="b", score_chosen=1, score_rejected=2.0)
