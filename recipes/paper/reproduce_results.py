@@ -16,6 +16,7 @@ from typing import Any
 from reproduce_rows import ROWS
 from reproduce_work import Setup
 
+from rrhf_peft.evaluate.numbers import read_evaluation
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import UserError
 
@@ -99,13 +100,13 @@ def _evaluation_folders(setup: Setup, seeds: Sequence[int]) -> list[tuple[str, l
 
 def _evaluation(folder: Path, policy: str) -> dict[str, float]:
     """The numbers of one policy."""
-    own = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["policies"][policy]
+    numbers: Any = read_evaluation(folder).numbers.policies[policy]
     return {
-        "reward": own["rewards"][SCORER]["mean"],
-        "perplexity": own["perplexity"],
-        "pair_accuracy": own["preference"]["pair_accuracy"]["mean"],
-        "distinct_2": own["distinct_2"],
-        "tokens": own["tokens"],
+        "reward": numbers.rewards[SCORER].mean,
+        "perplexity": numbers.perplexity,
+        "pair_accuracy": numbers.preference.pair_accuracy.mean,
+        "distinct_2": numbers.distinct_2,
+        "tokens": numbers.tokens,
     }
 
 

@@ -323,7 +323,9 @@ def _wins(
         [(verdict, more) for verdict, more in zip(group, lengths, strict=True) if verdict is not None]
         for group, lengths in zip(verdicts, longer, strict=True)
     ]
-    shares = win_shares([[verdict for verdict, _ in group] for group in pairs], [[x for _, x in own] for own in pairs])
+    shares = win_shares(
+        [[verdict for verdict, _ in group] for group in pairs], [[x for _, x in group] for group in pairs]
+    )
     rates = [[(verdict + 1) / 2 for verdict, _ in group] for group in pairs]  # a win counts 1, a tie half
     return WinRow(
         policy=name,

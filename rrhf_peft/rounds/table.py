@@ -15,6 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from rrhf_peft.evaluate.numbers import read_evaluation
 from rrhf_peft.files import replace_text
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.stages import is_current_policy
@@ -112,7 +113,7 @@ def _row(recipe: Recipe, folder: RoundFolder, number: int) -> Row:
             "train_resumed": training["resumed"],
         }
     if recipe.evaluation is not None:
-        facts |= _evaluated(folder.path / "evaluation" / "evaluation.json", policy_name(number))
+        facts |= _evaluated(folder.path / "evaluation", policy_name(number))
     return Row(policy_name(number), **facts)
 
 
@@ -125,17 +126,15 @@ def _own_mean(recipe: Recipe, sources: dict[str, dict[str, float]], number: int)
     return sum(source["mean"] * source["count"] for source in present) / count if count else None
 
 
-def _evaluated(path: Path, policy: str) -> dict[str, float | None]:
-    """What `evaluation.json` says of one policy."""
-    report = read_object(path)
-    result = report["policies"][policy]
-    reward = (result.get("rewards") or {}).get(report.get("headline")) or {}
+def _evaluated(folder: Path, policy: str) -> dict[str, float | None]:
+    """What an evaluation's folder says of one policy."""
+    numbers = read_evaluation(folder).numbers
+    result = numbers.policies[policy]
+    reward = result.rewards.get(str(numbers.headline))
     return {
-        "reward": reward.get("mean"),
-        "low": reward.get("low"),
-        "high": reward.get("high"),
-        "perplexity": result.get("perplexity"),
-        "pair_accuracy": ((result.get("preference") or {}).get("pair_accuracy") or {}).get("mean"),
+        **({} if reward is None else {"reward": reward.mean, "low": reward.low, "high": reward.high}),
+        "perplexity": result.perplexity,
+        "pair_accuracy": None if result.preference is None else result.preference.pair_accuracy.mean,
     }
 
 
