@@ -40,8 +40,9 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY) ## Measure the engine against the plain step: queries/s and peak memory
-	@$(BIN)/python tests/bench/step_bench.py
+bench: $(READY) ## Measure the engine against the plain step: queries/s, roofline, padding, memory
+	@$(BIN)/python tests/bench/step_bench.py --csv bench.csv --plot bench.png
+	@$(BIN)/python tests/bench/step_bench.py --chunks 2 8 64
 
 reproduce: $(READY) ## Run the RRHF paper's tables at small scale: MODEL= STORIES= SEEDS="0 1 2 3 4" BRIEF=1
 	@$(BIN)/python recipes/paper/reproduce.py $(if $(MODEL),--model '$(MODEL)') $(if $(STORIES),--stories '$(STORIES)') \

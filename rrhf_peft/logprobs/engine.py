@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ ENGINE_KEYS = ("input_ids", "prompt_lengths", "response_lengths", "group")
 #: (log-probs of whole groups, their responses int64 [m]) -> what they add to a micro-batch's loss.
 LossOf = Callable[[ResponseLogProbs, torch.Tensor], torch.Tensor]
 
+#: The least that `attention_tokens` gives.
+_SHORTEST = 1024.0
+
 #: What one chunk may take for activations under `chunk_tokens: auto`, in bytes.
 _CHUNK_BYTES = 4 * 2**30
 
@@ -45,6 +49,7 @@ class LogProbEngine:
     Attributes:
         layout: shared (each prompt once) or plain (one row per response).
         chunk_tokens: padded tokens per chunk.
+        attention_tokens: how long a row is whose attention takes as much time as all else (`layout.plan_chunks`).
         own_logits: take logits from the model's own forward instead of the chunked head: for models
             whose logits are not what `Head` knows.
         compute_dtype: the coarsest type the last forward computed in, autocast and sharding wrappers included.
@@ -55,6 +60,7 @@ class LogProbEngine:
 
     layout: Literal["shared", "plain"]
     chunk_tokens: int
+    attention_tokens: float = math.inf
     own_logits: bool = False
     compute_dtype: torch.dtype = torch.float32
     same_chunks_everywhere: bool = False
@@ -133,7 +139,9 @@ class LogProbEngine:
 
     def _chunks(self, batch: Mapping[str, Any]) -> list[Rows]:
         lengths = (batch[name].tolist() for name in ("prompt_lengths", "response_lengths", "group"))
-        return plan_chunks(*lengths, layout=self.layout, chunk_tokens=self.chunk_tokens)
+        return plan_chunks(
+            *lengths, layout=self.layout, chunk_tokens=self.chunk_tokens, attention_tokens=self.attention_tokens
+        )
 
     def _sums(
         self, model: nn.Module, batch: Mapping[str, Any], rows: Rows, *, slices: int, is_one_of_many: bool
@@ -217,6 +225,7 @@ def install(
     engine = LogProbEngine(
         layout="plain" if layout == "plain" or obstacle else "shared",
         chunk_tokens=default_chunk_tokens(inner) if chunk_tokens == "auto" else chunk_tokens,
+        attention_tokens=attention_tokens(inner.config.get_text_config()),
         same_chunks_everywhere=same_chunks_everywhere,
     )
     original = inner.forward
@@ -254,6 +263,22 @@ def default_chunk_tokens(model: Any) -> int:
     one_layer = (16 * hidden + 6 * intermediate) * width
     per_token = layers * hidden * width + one_layer if _is_checkpointing(model) else layers * one_layer
     return int(min(max(_CHUNK_BYTES // per_token, 512), 16384))
+
+
+def attention_tokens(config: Any) -> float:
+    """How long a row is whose attention takes as much time as the rest of its layer, from the model's shape.
+
+    With a frozen base a layer's matrices take 4 operations per weight and token, forward and backward, and attention
+    12 per token, column and hidden value. In small models neither takes most of the time, and short rows gain nothing.
+    """
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None)
+    if not heads:
+        return math.inf
+    size = getattr(config, "head_dim", None) or hidden // heads
+    key_values = (getattr(config, "num_key_value_heads", None) or heads) * size
+    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    matrices = 2 * hidden * (heads * size + key_values) + 3 * hidden * intermediate
+    return max(_SHORTEST, matrices / (3 * heads * size))
 
 
 def _is_checkpointing(model: Any) -> bool:

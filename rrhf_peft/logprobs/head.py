@@ -125,12 +125,15 @@ class _FrozenHead(torch.autograd.Function):
         for part, wanted in _slices(hidden, targets, len(weight)):
             stop = start + len(part)
             logits = head.shaped(_product(part, weight_fp32, bias))
-            normaliser = torch.logsumexp(logits, dim=-1)
-            values[start:stop] = logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1) - normaliser
+            if gradient is not None and head.softcap is not None:  # d softcap(z) / dz, from the capped value
+                slope = 1 - (logits / head.softcap) ** 2
+            logits -= logits.amax(dim=-1, keepdim=True)
+            chosen = logits.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
+            exponentials = logits.exp_()  # the only pass of exp, which takes longer than its memory
+            total = exponentials.sum(dim=-1)
+            values[start:stop] = chosen - total.log()
             if gradient is not None:
-                if head.softcap is not None:  # d softcap(z) / dz, from the capped value
-                    slope = 1 - (logits / head.softcap) ** 2
-                residual = logits.sub_(normaliser.unsqueeze(-1)).exp_().neg_()
+                residual = exponentials.div_(-total.unsqueeze(-1))
                 residual.scatter_add_(-1, wanted.unsqueeze(-1), torch.ones_like(residual[:, :1]))
                 if head.softcap is not None:
                     residual.mul_(slope)

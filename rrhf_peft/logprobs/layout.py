@@ -1,10 +1,10 @@
 """Where every token of a batch goes, chunks of rows that share each prompt or one row per response, and who sees whom.
 
 A *piece* is a prompt with one or more of its responses, ``[P | R1 | R2 ...]``; every response's
-positions restart at |P|. The shared layout makes pieces as large as the chunk allows; the plain
-layout makes one piece per response and one row per piece, which is the usual padded batch. All of that
-is integer arithmetic on lengths, on the host. A chunk holds whole groups, whose loss depends on nothing else; only a
-group larger than a chunk is split.
+positions restart at |P|. The shared layout makes pieces as long as pays and packs them into rows; the plain layout
+makes one piece per response and one row per piece, which is the usual padded batch. All of that is integer arithmetic
+on lengths, on the host. A chunk holds whole groups, whose loss depends on nothing else; only a group larger than a
+chunk is split.
 
 In a shared row a token sees its own piece's prompt and its own response's past. The rule is written
 once, as a predicate on (query, key); dense masks and FlexAttention block masks both come from it.
@@ -12,8 +12,11 @@ once, as a predicate on (query, key); dense masks and FlexAttention block masks 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +25,9 @@ from transformers import PreTrainedConfig
 
 #: Attention implementations that take an explicit mask; flash attention does not.
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
+
+#: The budget may make a chunk cost so much more than its rows would without it; else it takes fewer of them.
+_MOST_WASTE = 1.15
 
 #: Layer types a shared-prompt mask can express.
 MASKED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -81,11 +87,15 @@ def plan_chunks(
     *,
     layout: Literal["shared", "plain"],
     chunk_tokens: int,
+    attention_tokens: float = math.inf,
 ) -> list[Rows]:
     """Split a batch into chunks of at most `chunk_tokens` padded tokens, by whole groups where they fit.
 
     A group that does not fit is split by its responses, each part with its own copy of the prompt, and its chunks hold
     nothing else. A response that does not fit alone gets a chunk alone.
+
+    A row of L tokens costs L (1 + L / `attention_tokens`). So a group of many responses behind a short prompt is in
+    several pieces as well: a piece costs least per response token when it has sqrt(P (P + `attention_tokens`)) of them.
 
     Args:
         prompt_lengths: G lengths, each at least 1.
@@ -93,25 +103,10 @@ def plan_chunks(
         group: N ascending group indices.
         layout: shared or plain.
         chunk_tokens: the budget, padding included.
+        attention_tokens: how long a row is whose attention takes as much time as all else.
     """
     whole: list[list[_Piece]] = []
     chunks: list[Rows] = []
-    for pieces in _groups(prompt_lengths, response_lengths, group, layout, chunk_tokens):
-        if len(pieces) * max(piece.length for piece in pieces) <= chunk_tokens or len(pieces) == 1:
-            whole.append(pieces)
-        else:
-            chunks += _chunks([[piece] for piece in pieces], layout, chunk_tokens, is_part=True)
-    return _chunks(whole, layout, chunk_tokens) + chunks
-
-
-def _groups(
-    prompt_lengths: Sequence[int],
-    response_lengths: Sequence[int],
-    group: Sequence[int],
-    layout: str,
-    chunk_tokens: int,
-) -> Iterator[list[_Piece]]:
-    """The pieces of every group: one where the layout shares the prompt and the group fits a chunk."""
     offset, response = 0, 0
     for index, prompt_length in enumerate(prompt_lengths):
         prompt = range(offset, offset + prompt_length)
@@ -122,19 +117,40 @@ def _groups(
             offset += response_lengths[response]
             response += 1
         assert members, f"group {index} has no response"
-        yield _split(prompt, members, 0 if layout == "plain" else chunk_tokens)
+        if layout == "plain":
+            pieces = _filled(prompt, members, 0)
+        else:
+            pieces = _split(prompt, members, chunk_tokens, attention_tokens)
+        if len(pieces) == 1 or _padded(pieces, layout) <= chunk_tokens:
+            whole.append(pieces)
+        else:
+            chunks += _chunks([[piece] for piece in pieces], layout, chunk_tokens, attention_tokens, is_part=True)
+    return _chunks(whole, layout, chunk_tokens, attention_tokens) + chunks
 
 
-def _split(prompt: range, members: list[tuple[int, range]], longest: int) -> list[_Piece]:
-    """A group's pieces of at most `longest` tokens where single responses allow it: as few and as equal as possible."""
-    pieces = _filled(prompt, members, longest)
-    low, high = len(prompt) + 1, longest
-    while low < high and len(pieces) > 1:  # the smallest limit that makes no more pieces
+def _padded(pieces: list[_Piece], layout: str) -> int:
+    """The least positions that these pieces take: one after the other in a row, or a row each."""
+    lengths = [piece.length for piece in pieces]
+    return sum(lengths) if layout == "shared" else len(lengths) * max(lengths)
+
+
+def _split(prompt: range, members: list[tuple[int, range]], chunk_tokens: int, attention_tokens: float) -> list[_Piece]:
+    """A group's pieces, of about the same length: as many as cost least, if they fit a chunk together."""
+    tokens = sum(len(part) for _, part in members)
+    cheapest = math.sqrt(len(prompt) * (len(prompt) + attention_tokens))
+    for count in range(min(max(1, round(tokens / cheapest)), len(members)), 1, -1):
+        if tokens + count * len(prompt) <= chunk_tokens:
+            return _balanced(prompt, members, count)
+    return _balanced(prompt, members, len(_filled(prompt, members, chunk_tokens)))
+
+
+def _balanced(prompt: range, members: list[tuple[int, range]], count: int) -> list[_Piece]:
+    """At most so many pieces, whose longest is as short as that allows."""
+    low, high = len(prompt) + 1, len(prompt) + sum(len(tokens) for _, tokens in members)
+    while low < high:
         middle = (low + high) // 2
-        attempt = _filled(prompt, members, middle)
-        low, high = (low, middle) if len(attempt) == len(pieces) else (middle + 1, high)
-        pieces = attempt if len(attempt) == len(pieces) else pieces
-    return pieces
+        low, high = (low, middle) if len(_filled(prompt, members, middle)) <= count else (middle + 1, high)
+    return _filled(prompt, members, low)
 
 
 def _filled(prompt: range, members: list[tuple[int, range]], longest: int) -> list[_Piece]:
@@ -150,47 +166,71 @@ def _filled(prompt: range, members: list[tuple[int, range]], longest: int) -> li
     return [*pieces, _Piece(prompt, tuple(held), length)]
 
 
-def _chunks(items: list[list[_Piece]], layout: str, chunk_tokens: int, *, is_part: bool = False) -> list[Rows]:
-    """Chunks of items, whose pieces stay together. Equal batches plan alike."""
+def _chunks(
+    items: list[list[_Piece]], layout: str, chunk_tokens: int, attention_tokens: float, *, is_part: bool = False
+) -> list[Rows]:
+    """Chunks of items, whose pieces stay together: the longest first, so that those of a chunk are much alike."""
     items = sorted(items, key=lambda item: max(piece.length for piece in item), reverse=True)
     chunks = []
     while items:
-        rows, items = _fill_chunk(items, layout, chunk_tokens)
+        count = 1
+        while count < len(items) and _padded([*chain(*items[: count + 1])], layout) <= chunk_tokens:
+            count += 1
+        rows = _arranged([*chain(*items[:count])], layout, chunk_tokens, attention_tokens)
+        while count > 1 and _cost(rows, attention_tokens) > _MOST_WASTE * _cost(
+            _arranged([*chain(*rows)], layout, sys.maxsize, attention_tokens), attention_tokens
+        ):  # rows are that wide only to fit the chunk
+            count -= 1
+            rows = _arranged([*chain(*items[:count])], layout, chunk_tokens, attention_tokens)
+        items = items[count:]
         chunks.append(_lay_out(rows, is_part))
     return chunks
 
 
-def _fill_chunk(
-    items: list[list[_Piece]], layout: str, chunk_tokens: int
-) -> tuple[list[list[_Piece]], list[list[_Piece]]]:
-    """First fit, longest first. Rows are as long as the longest piece: attention grows with their square."""
-    capacity = max(piece.length for piece in items[0])
-    most_rows = max(len(items[0]), chunk_tokens // capacity)
+def _arranged(pieces: list[_Piece], layout: str, chunk_tokens: int, attention_tokens: float) -> list[list[_Piece]]:
+    """The rows of a chunk: as many, and as wide, as cost least."""
+    pieces = sorted(pieces, key=lambda piece: piece.length, reverse=True)
+    if layout == "plain":
+        return [[piece] for piece in pieces]
+    total, longest = sum(piece.length for piece in pieces), pieces[0].length
+    best = [pieces]
+    most = len(_packed(pieces, longest))
+    for count in {*range(1, min(most, 8) + 1), *range(max(1, most - 4), most + 1)}:
+        width = max(longest, -(-total // count))
+        while len(rows := _packed(pieces, width)) > count:
+            width += max(1, width // 100)
+        fits = _width(rows) * len(rows) <= chunk_tokens
+        if fits and _cost(rows, attention_tokens) < _cost(best, attention_tokens):
+            best = rows
+    return best
+
+
+def _packed(pieces: list[_Piece], width: int) -> list[list[_Piece]]:
+    """First fit: rows of at most `width`."""
     rows: list[list[_Piece]] = []
     free: list[int] = []
-    left: list[list[_Piece]] = []
-    for item in items:
-        kept = len(rows), free.copy()
-        joined: list[int] = []
-        for piece in item:
-            fits = (r for r, room in enumerate(free) if room >= piece.length) if layout == "shared" else iter(())
-            row = next(fits, len(rows))
-            if row == len(rows):
-                rows.append([])
-                free.append(capacity)
-            rows[row].append(piece)
-            free[row] -= piece.length
-            joined.append(row)
-        if len(rows) > most_rows:  # not all of it fits
-            for row in joined:
-                rows[row].pop()
-            rows, free = rows[: kept[0]], kept[1]
-            left.append(item)
-    return rows, left
+    for piece in pieces:
+        row = next((r for r, room in enumerate(free) if room >= piece.length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(width)
+        rows[row].append(piece)
+        free[row] -= piece.length
+    return rows
+
+
+def _width(rows: list[list[_Piece]]) -> int:
+    return max(sum(piece.length for piece in row) for row in rows)
+
+
+def _cost(rows: list[list[_Piece]], attention_tokens: float) -> float:
+    """Of rows of equal width, in tokens."""
+    width = _width(rows)
+    return len(rows) * width * (1 + width / attention_tokens)
 
 
 def _lay_out(rows: list[list[_Piece]], is_part: bool) -> Rows:
-    width = max(sum(piece.length for piece in row) for row in rows)
+    width = _width(rows)
     shape = (len(rows), width)
     token, position, branch = (np.zeros(shape, np.int64) for _ in range(3))
     owner = np.full(shape, -1, np.int64)

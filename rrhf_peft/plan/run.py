@@ -20,7 +20,7 @@ from rich.text import Text
 from transformers import TrainingArguments
 
 from rrhf_peft.data import read_groups, tokenize_groups
-from rrhf_peft.logprobs.engine import causal_lm_of, default_chunk_tokens
+from rrhf_peft.logprobs.engine import attention_tokens, causal_lm_of, default_chunk_tokens
 from rrhf_peft.logprobs.layout import plan_chunks
 from rrhf_peft.modeling import (
     prepare_for_training,
@@ -140,7 +140,7 @@ def plan_memory(
         chunk_tokens = default_chunk_tokens(causal_lm_of(model))
     if batch is not None:
         responses = max(len(lengths) for _, lengths in batch)
-        rows, width = _largest_chunk(recipe, chunk_tokens, batch)
+        rows, width = _largest_chunk(recipe, chunk_tokens, batch, config.get_text_config())
     else:
         responses = responses or _usual_responses(recipe)
         rows, width = _chunk(recipe, chunk_tokens, responses)
@@ -231,7 +231,9 @@ def _batch_size(recipe: Recipe) -> int:
     return recipe.training.per_device_train_batch_size or TrainingArguments.per_device_train_batch_size  # type: ignore[attr-defined]
 
 
-def _largest_chunk(recipe: Recipe, chunk_tokens: int, batch: list[tuple[int, list[int]]]) -> tuple[int, int]:
+def _largest_chunk(
+    recipe: Recipe, chunk_tokens: int, batch: list[tuple[int, list[int]]], config: Any
+) -> tuple[int, int]:
     """Rows and width of the chunk that takes most room, when the engine lays out these groups."""
     chunks = plan_chunks(
         [prompt for prompt, _ in batch],
@@ -239,6 +241,7 @@ def _largest_chunk(recipe: Recipe, chunk_tokens: int, batch: list[tuple[int, lis
         [index for index, (_, lengths) in enumerate(batch) for _ in lengths],
         layout="plain" if recipe.engine.layout == "plain" else "shared",
         chunk_tokens=chunk_tokens,
+        attention_tokens=attention_tokens(config),
     )
     # Masks grow with the square of the width.
     rows, width = max((tuple(chunk.token.shape) for chunk in chunks), key=lambda shape: (shape[0] * shape[1], shape[1]))

@@ -150,7 +150,8 @@ def test_lengths_and_k_are_the_datas(tiny_model_folder: Path, tmp_path: Path) ->
         "training": {"output_dir": "o", "per_device_train_batch_size": 1},
     }
     plan = plan_memory(recipe(tiny_model_folder, **settings))
-    assert (plan.responses, plan.from_data, plan.chunk_tokens) == (5, True, 32 + 5 * 64)
+    assert (plan.responses, plan.from_data) == (5, True)
+    assert 32 + 5 * 64 <= plan.chunk_tokens <= 2 * (32 + 3 * 64)  # one row, or two of which each has the prompt
     assumed = plan_memory(recipe(tiny_model_folder, **settings), responses=5)
     assert (assumed.responses, assumed.from_data, assumed.chunk_tokens) == (5, False, 5 * 500)
     assert plan.peak_bytes < assumed.peak_bytes
