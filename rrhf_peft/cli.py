@@ -321,7 +321,7 @@ def inspect(
 
     A data file takes the same changes as a recipe, for example data.template=hh.
     """
-    from rrhf_peft.data import plot_scores, ranked_statistics, render_example
+    from rrhf_peft.data import plot_scores, prompt_overlap, ranked_statistics, render_example
     from rrhf_peft.modeling import tokenizer_of
     from rrhf_peft.records import UserError
     from rrhf_peft.train.run import read_splits, tokenize_splits
@@ -340,6 +340,9 @@ def inspect(
             print_json(statistics.to_dict())
         else:
             console.print(statistics)
+    if not as_json:
+        for note in prompt_overlap(groups["train"], groups.get("eval", ())).notes():
+            console.print(note, highlight=False)
     if is_data and tokenizer is None:
         return
     loaded = tokenizer_of(recipe.model, recipe.data.template)

@@ -3,7 +3,16 @@
 from rrhf_peft.data.arrow import GroupTable, TokenTable
 from rrhf_peft.data.formats import IMPORTERS
 from rrhf_peft.data.inspect import plot_scores, render_example
-from rrhf_peft.data.reading import ConversionReport, convert, hold_out, open_groups, read_groups, write_ranked
+from rrhf_peft.data.reading import (
+    ConversionReport,
+    convert,
+    hold_out,
+    open_groups,
+    prompt_overlap,
+    read_groups,
+    without_overlap,
+    write_ranked,
+)
 from rrhf_peft.data.report import DataReport, RankedStatistics, SourceReport, ranked_statistics, report_table
 from rrhf_peft.data.templates import (
     TEMPLATES,
@@ -47,6 +56,7 @@ __all__ = [
     "hold_out",
     "open_groups",
     "plot_scores",
+    "prompt_overlap",
     "prompt_text",
     "ranked_statistics",
     "read_groups",
@@ -60,5 +70,6 @@ __all__ = [
     "tokenize_every_response",
     "tokenize_groups",
     "transcript",
+    "without_overlap",
     "write_ranked",
 ]

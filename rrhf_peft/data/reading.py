@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from rrhf_peft.data.arrow import GroupTable, contents_hash, fingerprint, stored_groups
 from rrhf_peft.data.formats import IMPORTERS, check_format, importer_for, unranked
@@ -238,6 +241,63 @@ def hold_out(
         )
     train = [index for index, prompt in enumerate(prompt_of) if prompt not in held]
     return _select(groups, train), _select(groups, [index for index, prompt in enumerate(prompt_of) if prompt in held])
+
+
+@dataclass(frozen=True)
+class PromptOverlap:
+    """Prompts that are the same but for case, punctuation and white space.
+
+    Attributes:
+        repeated: Groups to train on whose prompt an earlier one has too.
+        held_out: Held-out groups whose prompt is trained on.
+        trained: Groups to train on whose prompt is held out.
+    """
+
+    repeated: int
+    held_out: int
+    trained: int
+
+    def notes(self) -> list[str]:
+        """What there is to tell of it."""
+        notes = [f"{self.repeated:,} groups nearly repeat the prompt of an earlier one"] if self.repeated else []
+        if self.held_out:
+            notes.append(
+                f"{self.held_out:,} held-out groups have a prompt that is also trained on, in {self.trained:,} groups; "
+                "data.overlap: remove takes these out"
+            )
+        return notes
+
+
+def prompt_overlap(train: Sequence[RankedGroup], held_out: Sequence[RankedGroup] = ()) -> PromptOverlap:
+    """How far prompts repeat within the training data, and between it and the held-out data."""
+    ours, theirs = _prompt_keys(train), _prompt_keys(held_out)
+    return PromptOverlap(
+        repeated=len(ours) - len(np.unique(ours)),
+        held_out=int(np.isin(theirs, ours).sum()),
+        trained=int(np.isin(ours, theirs).sum()),
+    )
+
+
+def without_overlap(train: Sequence[RankedGroup], held_out: Sequence[RankedGroup]) -> Sequence[RankedGroup]:
+    """The groups to train on whose prompt is not held out, also not with other case, punctuation or white space.
+
+    Raises:
+        UserError: none is left.
+    """
+    stay = np.flatnonzero(~np.isin(_prompt_keys(train), _prompt_keys(held_out))).tolist()
+    if not stay:
+        raise UserError("data.overlap: remove leaves nothing to train on: every prompt of data.train is held out.")
+    return _select(train, stay)
+
+
+def _prompt_keys(groups: Iterable[RankedGroup]) -> np.ndarray:
+    """uint64 [G], the same for prompts of the same words in the same order; of prompts without words, their text."""
+    keys = array("Q")
+    for group in groups:
+        text = group.prompt if isinstance(group.prompt, str) else json.dumps(group.prompt, ensure_ascii=False)
+        words = " ".join(re.findall(r"\w+", text.lower())) or text
+        keys.append(int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little"))
+    return np.array(keys, dtype=np.uint64)
 
 
 def _select(groups: Sequence[RankedGroup], indices: Sequence[int]) -> Sequence[RankedGroup]:

@@ -568,6 +568,11 @@ class DataSection(Section):
     eval_size: int | float | None = Field(
         None, gt=0, description="Hold out this many groups (int) or this share (float below 1) of `train`."
     )
+    overlap: Literal["keep", "remove"] = Field(
+        "keep",
+        description="remove takes groups out of `train` whose prompt is held out, up to case, punctuation and white "
+        "space; `rrhf-peft inspect` counts them.",
+    )
     split: str = Field("train", description="Split to read from hub ids and data set folders.")
     eval_split: str = Field("test", description="The same for `eval`.")
     format: Format = Field("auto", description="Importer; auto recognises the columns.")

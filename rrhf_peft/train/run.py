@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations import is_fsdp_enabled
 
 from rrhf_peft.console import terminal
-from rrhf_peft.data import DataReport, hold_out, open_groups, template_note, tokenize_groups
+from rrhf_peft.data import DataReport, hold_out, open_groups, template_note, tokenize_groups, without_overlap
 from rrhf_peft.files import begun_folder, check_output, disk_trouble, is_empty_folder, read_mark, replace_text, writing
 from rrhf_peft.jobs import exclusive, launched_processes
 from rrhf_peft.modeling import (
@@ -178,6 +178,8 @@ def read_splits(recipe: Recipe) -> dict[str, Sequence[RankedGroup]]:
                 "data.eval_size: online training needs no responses in data.train, but held-out data does, and there "
                 "are none. Name ranked data in data.eval, or remove data.eval_size."
             )
+    if data.overlap == "remove" and "eval" in groups:
+        groups["train"] = without_overlap(groups["train"], groups["eval"])
     return groups
 
 

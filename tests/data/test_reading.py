@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrhf_peft.data import hold_out, read_groups, write_ranked
+from rrhf_peft.data import hold_out, prompt_overlap, read_groups, without_overlap, write_ranked
 from rrhf_peft.data.rows import rows_of_hub, split_of
 from rrhf_peft.records import RankedGroup, UserError
 
@@ -467,3 +467,20 @@ def test_a_gzip_bomb_and_an_endless_line_are_refused(tmp_path, monkeypatch, json
     monkeypatch.setattr(rows, "_LONGEST_LINE", 1000)
     with pytest.raises(UserError, match=r"data\.jsonl:2: this line is longer than"):
         read_groups(jsonl(RANKED, {**RANKED, "prompt": "p" * 1000}))
+
+
+def test_prompts_that_are_nearly_the_same_are_counted_and_those_held_out_are_removed():
+    def groups(*prompts):
+        return [RankedGroup(prompt, ["a", "b"], [1.0, 0.0]) for prompt in prompts]
+
+    messages = [{"role": "user", "content": "Why is it blue?"}]
+    train = groups("Why is it blue?", "why is it BLUE", "Why is it red?", "???", "!!!", messages)
+    held_out = groups(" Why,  is it blue", "Who?", "???", messages)
+    overlap = prompt_overlap(train, held_out)
+    assert (overlap.repeated, overlap.held_out, overlap.trained) == (1, 3, 4)
+    assert "1 groups nearly repeat" in overlap.notes()[0]
+    assert "3 held-out groups have a prompt that is also trained on, in 4 groups" in overlap.notes()[1]
+    assert [group.prompt for group in without_overlap(train, held_out)] == ["Why is it red?", "!!!"]
+    assert prompt_overlap(without_overlap(train, held_out), held_out).notes() == []
+    with pytest.raises(UserError, match="leaves nothing to train on"):
+        without_overlap(held_out, held_out)
