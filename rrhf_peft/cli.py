@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, and start from nothing.")]
 
 
 def _overrides(examples: str) -> Any:
@@ -45,6 +46,14 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"rrhf-peft {__version__}")
         raise typer.Exit
+
+
+def _is_main_at_the_end() -> bool:
+    """Whether this process speaks, after work for which transformers' trainer has opened a process group."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
+    return process_index() == 0
 
 
 @app.callback()
@@ -95,7 +104,7 @@ def convert(
     split: Annotated[str, typer.Option(help="Split to read from folders and hub ids.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
     max_groups: Annotated[int | None, typer.Option(min=1, help="Read only the first this many groups.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn public preference data of many formats into one ranked file: prompt, responses, scores, sources.
@@ -131,7 +140,7 @@ def convert(
 def sample(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("sampling.seed=1 or sampling.max_prompts=100")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output and start from nothing.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Sample candidate responses for a list of prompts, from one or more policies.
@@ -172,9 +181,7 @@ def sample(
 def score(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("scoring.input=my.jsonl or scoring.max_groups=100")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output, and start again where one was begun.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Score candidate responses: by a reward model, a judge, a rule, a policy, people, or several of these.
@@ -427,7 +434,7 @@ def train(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("training.learning_rate=1e-4 or adapter=null")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    overwrite: Overwrite = False,
     ignore_changes: Annotated[
         bool, typer.Option("--ignore-changes", help="Resume although the recipe or the data is not what it was.")
     ] = False,
@@ -459,8 +466,6 @@ def train(
     if ignore_changes and not resume:
         raise typer.BadParameter("only means something with --resume", param_hint="--ignore-changes")
 
-    from accelerate import PartialState
-
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.train.run import train_recipe
 
@@ -469,8 +474,7 @@ def train(
         _say_dry_run(checked, as_json)
         return
     outcome = train_recipe(checked, resume=resume, overwrite=overwrite, ignore_changes=ignore_changes)
-    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
-    if process_index() != 0:
+    if not _is_main_at_the_end():
         return
     folder = outcome.run_folder
     if as_json:
@@ -500,9 +504,7 @@ def _say_dry_run(recipe: Recipe, as_json: bool) -> None:
 def evaluate(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("evaluation.max_prompts=100 or evaluation.decoding.k=8")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing evaluation, and start from nothing.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare policies on held-out prompts: rewards, perplexity, pair accuracy, best-of-n, wins.
@@ -540,9 +542,7 @@ def evaluate(
 def rounds(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("rounds.count=5 or sampling.max_prompts=100")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove an existing folder of rounds first, and start again.")
-    ] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Sample, score, train, evaluate; and again from the trained policy, round after round (IP-n).
@@ -561,16 +561,13 @@ def rounds(
     there have one row for each. A run that was killed, in whatever stage,
     continues when the same command is given again.
     """
-    from accelerate import PartialState
-
     from rrhf_peft.recipe import load_recipe
     from rrhf_peft.rounds.run import run_rounds
     from rrhf_peft.rounds.table import rows_table
 
     needs = ["rounds", "model", "sampling", "scoring"]
     outcome = run_rounds(load_recipe(recipe, overrides or [], needs=needs), overwrite=overwrite)
-    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
-    if process_index() != 0:
+    if not _is_main_at_the_end():
         return
     if as_json:
         print_json({"output": str(outcome.output), "rounds": [row.to_dict() for row in outcome.rows]})
@@ -584,6 +581,7 @@ def rounds(
 def compare(
     recipe: RecipeFile,
     overrides: Annotated[list[str] | None, _overrides("compare.only=[rrhf, dpo] or data.train=mine.jsonl")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train several objectives on the same data, and evaluate them all in one table.
@@ -602,15 +600,12 @@ def compare(
     evaluation. A comparison that was killed continues when the same command
     is given again; objectives that are trained are not trained again.
     """
-    from accelerate import PartialState
-
     from rrhf_peft.compare.run import compare_recipe
     from rrhf_peft.recipe import load_recipe
 
     needs = ["compare", "model", "data", "training", "evaluation"]
-    outcome = compare_recipe(load_recipe(recipe, overrides or [], needs=needs))
-    PartialState().destroy_process_group()  # left open, its threads can abort the interpreter's exit
-    if process_index() != 0:
+    outcome = compare_recipe(load_recipe(recipe, overrides or [], needs=needs), overwrite=overwrite)
+    if not _is_main_at_the_end():
         return
     if as_json:
         print_json(outcome.to_dict())
@@ -688,7 +683,7 @@ def merge(
         typer.Option("--trust-remote-code", help="Run model code that comes with the base model, having read it."),
     ] = False,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, for example 500MB.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output at the very end.")] = False,
+    overwrite: Overwrite = False,
     verify: Annotated[
         bool, typer.Option(help="Compare the merged model with the adapter's before the output appears.")
     ] = True,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import glob
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ from rich.console import Console
 
 from rrhf_peft.console import terminal
 from rrhf_peft.evaluate.run import Evaluation, evaluate_recipe
-from rrhf_peft.jobs import launched_processes
+from rrhf_peft.files import REPORT, BegunFolder, begun_folder, check_output, read_mark
+from rrhf_peft.jobs import exclusive, launched_processes
 from rrhf_peft.recipe import Recipe, load_recipe, make_recipe, recipe_text
 from rrhf_peft.recipe.schema import compared_run
 from rrhf_peft.records import UserError
@@ -24,25 +28,30 @@ _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors
 _HARMLESS = ("output_dir", "disable_tqdm", "dataloader_num_workers", "report_to", "run_name")
 
 
-def compare_recipe(recipe: Recipe, *, console: Console | None = None) -> Evaluation:
+def compare_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> Evaluation:
     """Train what `compare.objectives` lists and is not trained yet, and evaluate all; every process calls it.
 
     Args:
         recipe: with the sections `compare`, `model`, `data`, `training` and `evaluation`.
+        overwrite: train and evaluate all again. What was there comes back if this fails before the first objective is
+            trained, and goes when all is done.
         console: where notes, progress and tables go; standard error by default.
 
     Raises:
         UserError: anything the user can fix. What was finished is kept.
     """
     assert recipe.compare is not None, "load_recipe(needs=['compare', ...])"
-    names = recipe.compare.names
+    output, names = Path(recipe.compare.output), recipe.compare.names
     recipes = {name: objective_recipe(recipe, name) for name in names}
-    for name, one in recipes.items():
-        _refuse_other_settings(name, one)
+    if not overwrite:
+        for name, one in recipes.items():
+            _refuse_other_settings(name, one)
     # As in rounds: one process group, opened as training wants it.
     assert training_config(recipes[names[0]]).device is not None
-    with launched_processes() as processes:
+    with launched_processes() as processes, exclusive(output, processes), contextlib.ExitStack() as end:
         shown = (console or terminal(stderr=True)) if processes.is_main else Console(quiet=True)
+        opened: list[BegunFolder] = []  # of the main process
+        processes.on_main(lambda: opened.append(end.enter_context(_open(output, recipe, overwrite=overwrite))))
         for number, (name, one) in enumerate(recipes.items(), start=1):
             folder = _run_folder(one)
             processes.wait_for_all()
@@ -55,8 +64,26 @@ def compare_recipe(recipe: Recipe, *, console: Console | None = None) -> Evaluat
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+            for main in opened:
+                main.keep()
         processes.wait_for_all()
         return evaluate_recipe(evaluation_recipe(recipe), console=shown)
+
+
+@contextlib.contextmanager
+def _open(output: Path, recipe: Recipe, *, overwrite: bool) -> Iterator[BegunFolder]:
+    """Begin or continue the folder of all runs; main process only, which holds the lock."""
+    assert recipe.compare is not None
+    paths = [recipe.model.name, recipe.model.init_adapter]
+    for named in (recipe.data.train, recipe.data.eval, recipe.evaluation and recipe.evaluation.prompts):
+        paths += [named] if isinstance(named, str) else named or []
+    if overwrite:
+        check_output(output, key="compare.output", folder=True, reads=paths, overwrite=True)
+    mark = read_mark(output)  # of runs that are not compared any more, as well
+    writes = [f"{glob.escape(name)}/*" for name in (*recipe.compare.objectives, "evaluation")]
+    writes = list(dict.fromkeys([REPORT, *writes, *(mark.writes if mark is not None else ())]))
+    with begun_folder(output, verb="compare", writes=writes, overwrite=overwrite, resume=not overwrite) as folder:
+        yield folder
 
 
 def objective_recipe(recipe: Recipe, name: str) -> Recipe:
@@ -99,7 +126,7 @@ def _refuse_other_settings(name: str, recipe: Recipe) -> None:
     if changed:
         raise UserError(
             f"{folder}: {name} was trained with other settings ({', '.join(changed)}). Undo the change, remove the "
-            "folder, or name another compare.output."
+            "folder, name another compare.output, or pass --overwrite to train all again."
         )
 
 

@@ -68,6 +68,27 @@ def test_it_trains_what_is_not_trained_and_compares(
     assert calls == ["sft"]
 
 
+def test_overwriting_starts_again_and_leaves_what_is_not_of_the_comparison(command: list[str], tmp_path: Path) -> None:
+    assert run(command).exit_code == 0
+    weights = tmp_path / "runs" / "kto" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    for name in ("notes.txt", "kto/notes.txt", "evaluation/samples/notes.txt"):
+        notes = tmp_path / "runs" / name
+        notes.write_text("years of work")
+        refused = run([*command, "--overwrite"])
+        assert refused.exit_code == 1
+        assert f"holds {name}, which rrhf-peft compare did not write" in " ".join(refused.stderr.split())
+        assert notes.read_text() == "years of work"
+        assert weights.read_bytes() == before
+        notes.unlink()
+    changed = [*command, "compare.objectives.kto.beta=0.7"]
+    assert run(changed).exit_code == 1
+    again = run([*changed, "--overwrite"])
+    assert again.exit_code == 0, again.output
+    assert weights.read_bytes() != before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".runs")]
+
+
 def test_interrupted_it_goes_on(command: list[str], tmp_path: Path) -> None:
     """Ctrl-C in the second training, as soon as it has written its first checkpoint."""
     words = [*command, "training.save_strategy=steps", "training.save_steps=1", "training.max_steps=12"]
