@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench reproduce study clean
+.PHONY: help setup demo test check docs format bench reproduce study clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ check: $(READY) ## Lint, format, types and import layers
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+docs: $(READY) ## Build the documentation strictly into docs/_build/html (DOCS_NOTEBOOKS=off: do not run notebooks)
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 format: $(READY) ## Apply the formatter and the safe lint fixes
 	@$(BIN)/ruff check --fix .
