@@ -37,7 +37,9 @@ check: $(READY) ## Lint, format, types and import layers
 	@$(BIN)/lint-imports
 
 docs: $(READY) ## Build the documentation strictly into docs/_build/html (DOCS_NOTEBOOKS=off: do not run notebooks)
-	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	  then $(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html; \
+	  else echo "Its generator needs Python 3.11 or newer: the documentation was not built."; fi
 
 format: $(READY) ## Apply the formatter and the safe lint fixes
 	@$(BIN)/ruff check --fix .

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import rrhf_peft  # noqa: E402
-from rrhf_peft.recipe import Recipe  # noqa: E402
+import rrhf_peft
+from rrhf_peft.recipe import Recipe
 
 project, release, copyright = "rrhf-peft", rrhf_peft.__version__, "the authors of rrhf-peft"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
@@ -65,8 +64,8 @@ def setup(app: Any) -> None:
 def recipe_keys() -> Iterator[str]:
     """A page with every section of a recipe, and every key with its type, default and meaning."""
     yield "# Every key of a recipe\n"
-    yield "From the schema that `rrhf-peft schema` prints. `adapter` takes the fields of `peft.LoraConfig` and `training`"
-    yield "those of `transformers.TrainingArguments`, under their names there and with their meaning.\n"
+    yield "From the schema that `rrhf-peft schema` prints. `adapter` takes the fields of `peft.LoraConfig` and"
+    yield "`training` those of `transformers.TrainingArguments`, under their names there and with their meaning.\n"
     yield "| section | what it describes |\n|---|---|"
     sections = list(Recipe.model_fields.items())
     for name, field in sections:
@@ -89,10 +88,11 @@ def table(section: str, model: type[BaseModel]) -> Iterator[str]:
     yield f"\n## {section}: {model.__name__}\n\n{cell(model.__doc__)}\n"
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for key, field in model.model_fields.items():
-        default = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
-        shown = "required" if default is PydanticUndefined else "a section" if isinstance(default, BaseModel) else default
-        kind = re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.(?=[A-Z])|typing\.", "", str(field.annotation)).replace("<class ", "")
-        yield f"| `{key}` | `{cell(kind.strip('<>').strip(chr(39)))[:80]}` | `{cell(shown)[:60]}` | {cell(field.description)} |"
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        shown = "a section" if isinstance(default, BaseModel) else default
+        kind = re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.(?=[A-Z])|typing\.", "", str(field.annotation))
+        kind = re.sub(r"<class '(\w+)'>", r"\1", kind)
+        yield f"| `{key}` | `{cell(kind)[:80]}` | `{cell(shown)[:60]}` | {cell(field.description)} |"
 
 
 def models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -105,4 +105,4 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def cell(text: object) -> str:
     """Text for a cell of a table: one line, no bars, no markup of its own."""
-    return " ".join(str(text or "").split()).replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
+    return " ".join(str("" if text is None else text).split()).replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
