@@ -51,8 +51,16 @@ def bars_are_bars(app: Any, what: str, name: str, obj: object, options: Any, lin
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+def links_between(app: Any, document: str, source: list[str]) -> None:
+    """Notebooks stand in `made` here: links from them and to them, right in the repository, are so on the site too."""
+    if document.startswith("made/"):
+        source[0] = source[0].replace("](../docs/", "](../")
+    source[0] = source[0].replace("](../notebooks/", "](made/")
+
+
 def setup(app: Any) -> None:
     """Bring in what is written elsewhere, before anything is read."""
+    app.connect("source-read", links_between)
     app.connect("autodoc-process-docstring", bars_are_bars)
     shutil.rmtree(HERE / "made", ignore_errors=True)
     (HERE / "made").mkdir()
@@ -105,4 +113,5 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def cell(text: object) -> str:
     """Text for a cell of a table: one line, no bars, no markup of its own."""
-    return " ".join(str("" if text is None else text).split()).replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
+    line = " ".join(str("" if text is None else text).split())
+    return line.replace("|", "\\|").replace("<", "&lt;").replace("$", "\\$")
