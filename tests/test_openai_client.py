@@ -13,6 +13,7 @@ import pytest
 from judge_server import completion, judge_server
 
 from rrhf_peft.openai_client import FAILURES_IN_A_ROW, OpenAIClient, RequestFailedError
+from rrhf_peft.recipe.stages import ServerSection
 from rrhf_peft.records import UserError
 
 pytest.importorskip("openai")
@@ -20,8 +21,15 @@ pytest.importorskip("openai")
 
 def client_of(url, **settings):
     pauses = []
-    settings = {"at": "here", "timeout": 5.0, "max_retries": 2, "known_to_answer": True, **settings}
-    return OpenAIClient(url, "m", pause=pauses.append, **settings), pauses
+    settings = {"at": "here", "timeout": 60.0, "max_retries": 2, "known_to_answer": True, "first_wait": 0.5, **settings}
+    how = {name: settings.pop(name) for name in ("at", "api", "known_to_answer") if name in settings}
+    return OpenAIClient(ServerSection(base_url=url, model="m", **settings), pause=pauses.append, **how), pauses
+
+
+def ask(client, prompt, **options):
+    """One answer, as `each` gives it."""
+    ((_, reply),) = client.each(lambda prompt: client.ask(prompt, **options), [prompt])
+    return reply
 
 
 def asked(text):
@@ -30,7 +38,7 @@ def asked(text):
 
 def reason_of(client, prompt="q", **options):
     with pytest.raises(RequestFailedError) as caught:
-        client.ask(asked(prompt), **options)
+        ask(client, asked(prompt), **options)
     return str(caught.value)
 
 
@@ -38,7 +46,7 @@ def reason_of(client, prompt="q", **options):
 def test_passing_faults_are_tried_again(status):
     with judge_server(lambda call: ("status", status) if call["attempt"] < 3 else "fine") as (url, server):
         client, pauses = client_of(url)
-        reply = client.ask(asked("q"), temperature=0.5)
+        reply = ask(client, asked("q"), temperature=0.5)
         assert (reply.text, reply.finish_reason, reply.num_tokens) == ("fine", "stop", 5)
         assert len(server.calls) == 3
         assert len(pauses) == 2
@@ -67,7 +75,7 @@ def test_retry_after_is_honoured_and_capped(said, pause):
     script = lambda call: ("status", 429, {"Retry-After": said}) if call["attempt"] == 1 else "fine"  # noqa: E731
     with judge_server(script) as (url, _):
         client, pauses = client_of(url)
-        client.ask(asked("q"))
+        ask(client, asked("q"))
         (waited,) = pauses
         assert pause - 2 <= waited <= max(pause, 0.5)
 
@@ -86,7 +94,7 @@ def test_cut_lines_and_timeouts_are_tried_again():
     with judge_server(lambda call: faults[call["attempt"] - 1] if call["attempt"] < 4 else "fine") as (url, _):
         client, _ = client_of(url, timeout=1.0, max_retries=3)
         start = time.monotonic()
-        assert client.ask(asked("q")).text == "fine"
+        assert ask(client, asked("q")).text == "fine"
         assert time.monotonic() - start < 7  # the server that sends a byte now and then is not waited for
         assert (client.counts["connection"], client.counts["timeout"]) == (1, 2)
 
@@ -129,13 +137,13 @@ def test_odd_bodies_are_counted_failures(case):
 def test_usage_without_numbers_is_no_failure(usage):
     with judge_server(lambda call: ("answer", {**completion("fine"), "usage": usage})) as (url, _):
         client, _ = client_of(url)
-        assert client.ask(asked("q")).num_tokens is None
+        assert ask(client, asked("q")).num_tokens is None
         assert client.counts["completion_tokens"] == 0
 
 
 def test_half_a_surrogate_pair_becomes_a_mark_that_a_file_can_hold():
     with judge_server(lambda call: ("body", json.dumps(completion("a\ud800b \U0001f642")).encode())) as (url, _):
-        assert client_of(url)[0].ask(asked("q")).text == "a\ufffdb \U0001f642"
+        assert ask(client_of(url)[0], asked("q")).text == "a\ufffdb \U0001f642"
 
 
 def test_a_prompt_that_is_no_unicode_is_a_failure_of_its_own():
@@ -185,10 +193,10 @@ def test_a_redirect_does_not_take_the_prompt_elsewhere():
     assert taken == []
 
 
-def failed(client, text):
+async def failed(client, text):
     """An answer's text, or why there is none, as those who use the client keep it."""
     try:
-        return client.ask(asked(text)).text
+        return (await client.ask(asked(text))).text
     except RequestFailedError as error:
         return str(error)
 
@@ -200,9 +208,9 @@ def test_failures_stay_with_their_requests_and_order_is_kept():
 
     with judge_server(script) as (url, server):
         client, _ = client_of(url, concurrency=3, known_to_answer=False)
-        done = []
         texts = [f"q{number}" for number in range(40)]
-        found = client.gather(lambda text: failed(client, text), texts, lambda *result: done.append(result))
+        done = list(client.each(lambda text: failed(client, text), texts))
+        found = client.gather(lambda text: failed(client, text), texts)
     assert found == ["http 400: too long" if text == "q3" else f"about {text}" for text in texts]
     assert sorted(done) == list(enumerate(found))
     assert server.most_at_once <= 3
@@ -246,14 +254,14 @@ def test_an_error_does_not_wait_for_requests_under_way():
     with judge_server(lambda call: ("slow", 3.0, "late")) as (url, _):
         client, _ = client_of(url, concurrency=2)
 
-        def ask(text):
+        async def answer(text):
             if text == "wrong":
                 raise KeyError("a defect")
-            return client.ask(asked(text))
+            return await client.ask(asked(text))
 
         start = time.monotonic()
         with pytest.raises(KeyError):
-            client.gather(ask, ["slow", "wrong", "more"])
+            client.gather(answer, ["slow", "wrong", "more"])
         assert time.monotonic() - start < 2
 
 
@@ -272,7 +280,7 @@ def test_budgets():
 def test_completions_send_text():
     with judge_server(lambda call: f"{call['prompt']}!") as (url, server):
         client, _ = client_of(url, api="completions")
-        assert client.ask("once", max_tokens=3).text == "once!"
+        assert ask(client, "once", max_tokens=3).text == "once!"
         assert (server.calls[0]["path"], server.calls[0]["body"]["max_tokens"]) == ("/v1/completions", 3)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rrhf_peft.data import TEMPLATES, prompt_text, read_groups
+from rrhf_peft.data import TEMPLATES, encode_prompts, prompt_text, read_groups
 from rrhf_peft.evaluate.folder import RECIPE, file_name
 from rrhf_peft.evaluate.numbers import EVALUATION
 from rrhf_peft.modeling import load_config, resolve_source, tokenizer_of, weights_fingerprint
@@ -23,7 +23,6 @@ from rrhf_peft.recipe import EvaluationSection, ModelSection, Recipe, load_recip
 from rrhf_peft.recipe.stages import JudgeScorer, PolicyScorer, PolicySection, RewardModelScorer, RuleScorer
 from rrhf_peft.records import RankedGroup, UserError
 from rrhf_peft.sample.policies import Stage, check_adapters, make_stages
-from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.score.rule import load_rule
 from rrhf_peft.score.run import files_of_scorer
 from rrhf_peft.train.run_folder import METRICS, read_metrics

@@ -11,17 +11,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from rrhf_peft.data import TEMPLATES, continuation_ids, transcript
+from rrhf_peft.data import TEMPLATES, continuation_ids, encode_prompts, transcript
 from rrhf_peft.evaluate.folder import OutputFolder, file_name
 from rrhf_peft.evaluate.inputs import Plan
 from rrhf_peft.jobs import Processes, ShardedOutput, fingerprint_of
-from rrhf_peft.modeling import attach_adapter, base_of, tokenizer_of
+from rrhf_peft.modeling import TokenBudget, attach_adapter, base_of, tokenizer_of
 from rrhf_peft.progress import progress
 from rrhf_peft.recipe import ModelSection
 from rrhf_peft.recipe.stages import JudgeScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
-from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.score.batches import TokenBudget
 from rrhf_peft.score.judge import Judge, parse_ranks, ranking_messages
 from rrhf_peft.score.policy import PolicyScores
 
@@ -238,12 +236,12 @@ class PairJudge:
             rows.append({"verdicts": kept, "failures": failures})
         return rows
 
-    def _preferred(self, prompt: str, pair: tuple[str, str]) -> int | str:
+    async def _preferred(self, prompt: str, pair: tuple[str, str]) -> int | str:
         """1 where the first is ranked better, -1 where the second is, 0 for equal ranks; or why there is no answer."""
         if pair[0] == pair[1]:
             return 0  # nothing to ask
         messages = ranking_messages(prompt, pair, _LABELS, self.judge.aspects, self.judge.section.instructions)
-        ranks = self.judge.answer(messages, lambda reply: parse_ranks(reply, _LABELS))
+        ranks = await self.judge.answer(messages, lambda reply: parse_ranks(reply, _LABELS))
         return ranks if isinstance(ranks, str) else (ranks[0] < ranks[1]) - (ranks[0] > ranks[1])
 
 

@@ -13,6 +13,7 @@ from rrhf_peft.modeling.adapter import (
     read_adapter,
 )
 from rrhf_peft.modeling.base_model import (
+    TokenBudget,
     compute_in_float32,
     default_device,
     dequantized_weight,
@@ -38,6 +39,7 @@ from rrhf_peft.modeling.sources import checkpoint_tensors, resolve_source, weigh
 
 __all__ = [
     "AdapterFiles",
+    "TokenBudget",
     "attach_adapter",
     "attach_adapter_files",
     "base_of",

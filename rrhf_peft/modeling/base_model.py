@@ -1,5 +1,7 @@
 """Load the base model: dtype, quantisation, device and attention chosen openly, every weight accounted for.
 
+`TokenBudget` is how much a model computes at a time.
+
 On a CPU bitsandbytes 0.50 loads NF4, FP4 and int8, and runs them forward and backward. int8 rounds the activations as
 well (LLM.int8), in float16 whatever the model's dtype.
 """
@@ -9,9 +11,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import bitsandbytes as bnb
 import torch
@@ -29,6 +31,8 @@ QUANTIZATIONS = ("none", "int8", "nf4", "fp4")
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: "inputs will be cast from" not in record.getMessage()
 )
+
+Result = TypeVar("Result")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -259,6 +263,61 @@ def _values(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class TokenBudget:
+    """How many padded tokens a batch may hold; halved for good when the GPU runs out of memory.
+
+    Args:
+        tokens: rows times longest row of a batch. A single longer row is a batch by itself.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.halvings = 0
+
+    def map(
+        self,
+        lengths: Sequence[int],
+        compute: Callable[[list[int]], Sequence[Result]],
+        too_large: Callable[[int], Result] | None = None,
+    ) -> list[Result]:
+        """Call `compute` with the indices of each batch, longest rows first, and put its results in order.
+
+        The batches depend on `lengths` and the budget alone.
+
+        Args:
+            lengths: tokens of each row.
+            compute: indices of a batch -> one result for each.
+            too_large: index of a row that alone fills the memory -> its result. None: it is an error.
+
+        Raises:
+            UserError: a single row does not fit into the memory.
+        """
+        results: dict[int, Result] = {}
+        todo = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        while todo:
+            count = max(1, self.tokens // max(1, lengths[todo[0]]))
+            batch = todo[:count]
+            try:
+                computed: Sequence[Result] | None = compute(batch)
+            except torch.OutOfMemoryError:
+                computed = None
+            if computed is None:  # outside the handler, which still holds the failed batch's tensors
+                torch.cuda.empty_cache()
+                if len(batch) > 1:
+                    self.tokens = len(batch) // 2 * lengths[batch[0]]
+                    self.halvings += 1
+                    continue
+                if too_large is None:
+                    raise UserError(
+                        f"a text of {lengths[batch[0]]} tokens does not fit into the accelerator's memory. Lower "
+                        "scoring.scorer.max_tokens, or score on a larger device."
+                    )
+                computed = [too_large(batch[0])]
+            results.update(zip(batch, computed, strict=True))
+            todo = todo[len(batch) :]
+        return [results[index] for index in range(len(lengths))]
 
 
 # ---- Quantisation ----

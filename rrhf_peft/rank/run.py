@@ -21,7 +21,7 @@ from rrhf_peft.files import begun_folder, check_output, lock, read_mark, replace
 from rrhf_peft.rank.answers import OVERVIEW, Answers
 from rrhf_peft.rank.results import GROUPS, figures, write_results
 from rrhf_peft.records import PER_RESPONSE, RankedGroup, UserError
-from rrhf_peft.score.candidates import read_candidates
+from rrhf_peft.score.combine import read_candidates
 
 ANSWERS = "answers.sqlite"
 #: More responses than letters are not ranked by anybody at a time.

@@ -70,22 +70,68 @@ READS: dict[str, set[str]] = {
 _STRATEGY_SETTINGS = set().union(*READS.values())
 
 
-class EndpointSection(Section):
-    """A server that speaks OpenAI's HTTP API."""
+class ServerSection(Section):
+    """A server that speaks OpenAI's HTTP API: how it is reached, how hard it is tried, and what it may cost."""
 
-    #: What changes no response: how the server is reached, and how hard it is tried.
-    EFFORT: ClassVar[frozenset[str]] = frozenset({"base_url", "api_key_env", "concurrency", "timeout", "max_retries"})
+    EFFORT = frozenset(
+        {
+            "base_url",
+            "api_key_env",
+            "concurrency",
+            "timeout",
+            "max_retries",
+            "first_wait",
+            "max_requests",
+            "max_total_tokens",
+            "max_cost",
+            "prompt_price",
+            "completion_price",
+        }
+    )
 
     base_url: Filled = Field(description="For example http://localhost:8000/v1.")
     model: Filled = Field(description="The name under which the server knows the model.")
+    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="Further fields of every request, as this server knows them."
+    )
+    concurrency: int = Field(8, ge=1, description="Requests under way at the same time, for each process.")
+    timeout: float = Field(120.0, gt=0, description="Seconds until an attempt counts as failed.")
+    max_retries: int = Field(
+        6, ge=0, le=1000, description="Further attempts after 408, 409, 429, 5xx, time-outs and cut lines."
+    )
+    first_wait: float = Field(
+        1.0, ge=0, description="Seconds before the second attempt; doubled each time, at most 60."
+    )
+    max_requests: int | None = Field(
+        None, ge=1, description="Stop after this many requests, for each process and each run of the command."
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=1, description="The same for tokens, prompt and reply, as the server counts them."
+    )
+    max_cost: float | None = Field(None, gt=0, description="The same for money, by the two prices.")
+    prompt_price: float | None = Field(None, ge=0, description="Of a million tokens of prompts, for max_cost.")
+    completion_price: float | None = Field(None, ge=0, description="Of a million tokens of replies, for max_cost.")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if self.max_cost is not None and not (self.prompt_price or self.completion_price):
+            yield "max_cost", "needs what tokens cost; set prompt_price and completion_price"
+
+
+class EndpointSection(ServerSection):
+    """A server whose model answers prompts."""
+
+    EFFORT = ServerSection.EFFORT | {"use_n"}
+
     api: Literal["chat", "completions"] = Field(
         "chat",
         description="chat sends messages and leaves the template to the server; completions sends the templated text.",
     )
-    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed.")
-    concurrency: int = Field(8, ge=1, description="Requests under way at the same time, for each process.")
-    timeout: float = Field(120.0, gt=0, description="Seconds until a request counts as failed.")
-    max_retries: int = Field(6, ge=0, description="Further attempts after 408, 409, 429, 5xx, time-outs and cut lines.")
+    use_n: bool = Field(
+        False,
+        description="Ask for all candidates of a prompt in one request, which bills the prompt once, where the server "
+        "takes n. Their lengths in tokens are not told apart then.",
+    )
 
 
 class CandidatesSection(Section):
@@ -184,8 +230,11 @@ class SamplingSection(Section):
         ge=1,
         description="Tokens (prompt and response, times beams) decoded together; halved when memory is out.",
     )
-    unit_prompts: int = Field(
-        32, ge=1, description="Prompts finished and written at a time: what a kill can lose. Changes no result."
+    unit_prompts: int | None = Field(
+        None,
+        ge=1,
+        description="Prompts finished and written at a time: what a kill can lose. Changes no result. Unset: 32, and "
+        "128 of 512 prompts or more, which fill batches better; 32 with an endpoint.",
     )
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -253,27 +302,12 @@ class RewardModelScorer(Section):
             yield "base", "is read with layout: value_head only; remove it"
 
 
-class JudgeScorer(Section):
+class JudgeScorer(ServerSection):
     """A language model behind an OpenAI-compatible endpoint."""
 
-    EFFORT = frozenset(
-        {
-            "base_url",
-            "api_key_env",
-            "concurrency",
-            "timeout",
-            "max_retries",
-            "first_wait",
-            "reply_attempts",
-            "max_requests",
-            "max_total_tokens",
-        }
-    )
+    EFFORT = ServerSection.EFFORT | {"reply_attempts"}
 
     name: Literal["judge"]
-    base_url: Filled = Field(description="For example http://localhost:8000/v1.")
-    model: Filled = Field(description="The name under which the server knows the judge.")
-    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key, if one is needed.")
     mode: Literal["score", "rank"] = Field(
         "score", description="score: a request per response. rank: one per group, its responses shuffled."
     )
@@ -288,26 +322,43 @@ class JudgeScorer(Section):
     low: float = Field(0.0, description="Worst score of an aspect.")
     high: float = Field(10.0, description="Best score of an aspect.")
     instructions: str | None = Field(None, description="Further words to the judge.")
+    reasoning: bool = Field(
+        False, description="Let the judge think aloud first; its verdict ends the reply. Raise reply_tokens with it."
+    )
+    prompt_template: Filled | None = Field(
+        None,
+        description="Your own question in place of the built-in one, with {prompt}, {response} (mode rank: "
+        "{responses}, labelled A, B ...) and the row's other columns in braces. It has to ask for the reply's form.",
+    )
+    score_pattern: Filled | None = Field(
+        None,
+        description="Regular expression with a group that holds the score, as in 'Score: ([0-9.]+)'; the last match in "
+        "the reply counts. Instead of JSON and aspects, with prompt_template and mode score.",
+    )
+    both_orders: bool = Field(
+        False,
+        description="mode rank: rank each group in two opposite orders; scores are means, agreement is reported.",
+    )
     temperature: float = Field(0.0, ge=0, description="Of the judge's decoding.")
     reply_tokens: int = Field(256, ge=1, description="Longest reply.")
     json_mode: bool = Field(False, description="Ask for response_format json_object, where the server knows it.")
     reply_attempts: int = Field(2, ge=1, description="How often a reply that breaks the form is asked for.")
-    max_retries: int = Field(
-        6, ge=0, le=1000, description="Further attempts after 408, 409, 429, 5xx, time-outs and cut lines."
-    )
-    first_wait: float = Field(
-        1.0, ge=0, description="Seconds before the second attempt; doubled each time, at most 60."
-    )
-    timeout: float = Field(120.0, gt=0, description="Seconds until an attempt counts as failed.")
-    concurrency: int = Field(8, ge=1, description="Requests under way at the same time, for each process.")
-    max_requests: int | None = Field(
-        None, ge=1, description="Stop after this many requests, for each process and each run of the command."
-    )
-    max_total_tokens: int | None = Field(
-        None, ge=1, description="The same for tokens, prompt and reply, as the server counts them."
-    )
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
+        yield from super().contradictions()
+        if self.score_pattern is not None:
+            if self.prompt_template is None or self.mode != "score":
+                yield "score_pattern", "reads the answer to a prompt_template in mode score; set both"
+            try:
+                if re.compile(self.score_pattern).groups < 1:
+                    yield "score_pattern", "has no group (...) that would hold the score"
+            except re.error as error:
+                yield "score_pattern", f"is no regular expression ({error})"
+        needed = "{response}" if self.mode == "score" else "{responses}"
+        if self.prompt_template is not None and needed not in self.prompt_template:
+            yield "prompt_template", f"says nowhere where {needed} stands"
+        if self.both_orders and self.mode != "rank":
+            yield "both_orders", "is for mode: rank; remove it"
         if self.low >= self.high:
             yield "low", f"{self.low:g} must be below high = {self.high:g}"
         if any(weight < 0 for weight in self.aspects.values()) or not any(self.aspects.values()):
@@ -323,10 +374,17 @@ class JudgeScorer(Section):
 class RuleScorer(Section):
     """A Python function."""
 
+    EFFORT = frozenset({"processes"})
+
     name: Literal["rule"]
     function: Filled = Field(
-        description="package.module:function of (prompt, responses) -> scores; rrhf_peft.score:vader is shipped.",
+        description="package.module:function of (prompt, responses, **columns) -> scores, or of TRL's (prompts, "
+        "completions, **columns); rrhf_peft.score:vader and rrhf_peft.score:math_answer are shipped.",
     )
+    timeout: float | None = Field(
+        None, gt=0, description="Seconds that the rule may take for one group, which has no scores otherwise."
+    )
+    processes: int = Field(1, ge=1, description="Groups scored at the same time, by processes beside this one.")
 
 
 class PolicyScorer(Section):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from rrhf_peft.sample.steps import CachedSteps, Generated, StopStrings
+from rrhf_peft.sample.transformers_policy import CachedSteps, Generated, StopStrings
 
 #: The score of what cannot be chosen, as in transformers.
 _NEVER = -1.0e9
@@ -114,51 +114,56 @@ def diverse_beam_search(
     early = early_stopping is True or beams == 1
     steps = CachedSteps(model, prompts, pad, num_beams)
     device = steps.logits.device
-    end_tokens = torch.tensor(list(ends), device=device)
+    rules: dict[str, Any] = {
+        "ends": torch.tensor(list(ends), device=device),
+        "stop": stop,
+        "length_penalty": length_penalty,
+        "early": early,
+    }
     groups = [_Group(count, beams, max_new_tokens, device) for _ in range(num_beam_groups)]
     indices = list(range(count))  # which prompt each row of the groups' tensors is
     results: dict[int, list[list[Generated]]] = {}
     for step in range(max_new_tokens):
-        log_probs = steps.logits.log_softmax(-1).view(len(indices), num_beam_groups, beams, -1)
-        scaled = log_probs
-        if temperature != 1:
-            scaled = (steps.logits / temperature).log_softmax(-1).view_as(log_probs)
-        taken = torch.zeros(len(indices), log_probs.shape[-1], device=device)
-        parents, tokens = [], []
-        for number, group in enumerate(groups):
-            parent, token, goes_on = _advance_group(
-                group,
-                scaled[:, number] - diversity_penalty * taken[:, None],
-                log_probs[:, number],
-                step=step,
-                is_last=step == max_new_tokens - 1,
-                ends=end_tokens,
-                stop=stop,
-                length_penalty=length_penalty,
-                early=early,
-                hypothetical_length=max_new_tokens if early_stopping == "never" and length_penalty > 0 else step + 1,
-            )
-            taken.scatter_add_(1, token, goes_on.float())
-            parents.append(parent + number * beams)
-            tokens.append(token)
+        rules |= {"step": step, "is_last": step == max_new_tokens - 1}
+        rules["hypothetical_length"] = max_new_tokens if early_stopping == "never" and length_penalty > 0 else step + 1
+        rows, tokens = _advance_groups(groups, steps.logits, temperature, diversity_penalty, rules)
         is_open = torch.stack([group.is_open(early) for group in groups]).any(0)
-        left = int(is_open.sum())
-        if left == 0 or step == max_new_tokens - 1:
+        if rules["is_last"] or not is_open.any():
             break
-        rows = torch.cat(parents, 1) + num_beams * torch.arange(len(indices), device=device)[:, None]
-        chosen = torch.cat(tokens, 1)
-        if 2 * left <= len(indices):  # copying less of the cache pays when half of the prompts are done
+        if 2 * int(is_open.sum()) <= len(indices):  # copying less of the cache pays when half of the prompts are done
             for row in (~is_open).nonzero()[:, 0].tolist():
                 results[indices[row]] = [group.results(row) for group in groups]
             kept = is_open.nonzero()[:, 0]
             for group in groups:
                 group.select(kept)
-            rows, chosen = rows[kept], chosen[kept]
+            rows, tokens = rows[kept], tokens[kept]
             indices = [indices[row] for row in kept.tolist()]
-        steps.advance(chosen.flatten(), rows.flatten())
-    for row, prompt in enumerate(indices):
-        results[prompt] = [group.results(row) for group in groups]
+        steps.advance(tokens.flatten(), rows.flatten())
+    results |= {prompt: [group.results(row) for group in groups] for row, prompt in enumerate(indices)}
     return [_best_of_each_first(results[prompt]) for prompt in range(count)]
+
+
+def _advance_groups(
+    groups: Sequence[_Group], logits: torch.Tensor, temperature: float, diversity_penalty: float, rules: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of all groups, one after the other; `logits` are [B * G * n, V].
+
+    Returns:
+        For each running beam the row of `logits` that it continues and its token, both [B, G * n].
+    """
+    count, beams = groups[0].scores.shape
+    log_probs = logits.log_softmax(-1).view(count, len(groups), beams, -1)
+    scaled = log_probs if temperature == 1 else (logits / temperature).log_softmax(-1).view_as(log_probs)
+    taken = torch.zeros(count, logits.shape[-1], device=logits.device)
+    parents, tokens = [], []
+    for number, group in enumerate(groups):
+        scores = scaled[:, number] - diversity_penalty * taken[:, None]
+        parent, token, goes_on = _advance_group(group, scores, log_probs[:, number], **rules)
+        taken.scatter_add_(1, token, goes_on.float())
+        parents.append(parent + number * beams)
+        tokens.append(token)
+    first = len(groups) * beams * torch.arange(count, device=logits.device)
+    return torch.cat(parents, 1) + first[:, None], torch.cat(tokens, 1)
 
 
 def _advance_group(

@@ -1,4 +1,4 @@
-"""Which policy each entry of `sampling.candidates` means, and policies loaded one after the other.
+"""What a policy is asked and gives, which policy each entry of `sampling.candidates` means, and one loaded at a time.
 
 Entries are gathered into stages: one stage, one policy. Stages on the same base follow each other, so that an
 adapter is taken off and the next one put on while the base stays where it is.
@@ -8,24 +8,72 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from rrhf_peft.data import prompt_text, stop_token_ids, tokenization_fingerprint
-from rrhf_peft.modeling import attach_adapter, base_of, read_adapter, tokenizer_of, weights_fingerprint
+from rrhf_peft.data import encode_prompts, prompt_text, stop_token_ids, tokenization_fingerprint
+from rrhf_peft.modeling import TokenBudget, attach_adapter, base_of, read_adapter, tokenizer_of, weights_fingerprint
 from rrhf_peft.recipe import CandidatesSection, ModelSection, Recipe, SamplingSection, takes_from_base
 from rrhf_peft.recipe.schema import OnlineSection
 from rrhf_peft.recipe.stages import EndpointSection
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.candidate import Answers, Candidate, Decoding
-from rrhf_peft.sample.endpoint import EndpointPolicy
-from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.sample.transformers_policy import TokenBudget, respond
-from rrhf_peft.sample.vllm_policy import VllmPolicy
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled response.
+
+    Attributes:
+        text: The response as it reads after its prompt, without special tokens, end token and stop string.
+        num_tokens: Tokens generated, the end token or the stop string's included; None where a server does not say.
+        log_prob: Sum over those tokens of the policy's log P(token | past) at temperature 1, in nats; None where
+            the backend does not tell.
+        finish_reason: ``eos`` ended by itself, ``stop`` at a stop string, ``length`` was cut.
+        token_ids: The tokens themselves; None where the backend does not tell, and where the text was cut at a
+            stop string and is not all of them.
+    """
+
+    text: str
+    num_tokens: int | None
+    log_prob: float | None
+    finish_reason: FinishReason
+    token_ids: list[int] | None = None
+
+
+class Answers(NamedTuple):
+    """What a policy gave for one prompt, and for what it did not give, why."""
+
+    candidates: list[Candidate]
+    failures: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How a policy is decoded; names and meanings as in the recipe's `sampling.candidates`."""
+
+    strategy: Literal["beam", "diverse_beam", "top_p"]
+    k: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    stop: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Sequences decoded at the same time for one prompt."""
+        return self.k if self.strategy == "top_p" else self.num_beams
+
 
 #: Told of (prompts, tokens) that have been added.
 Progress = Callable[[int, int], None]
@@ -36,11 +84,13 @@ class Policy(Protocol):
 
     #: Fingerprint of the tokenizer and template that the candidates' token ids belong to, where they have some.
     tokenizer_fingerprint: str | None
+    #: Whether it takes the prompts of all units at once.
+    across_units: bool
 
     def respond(
         self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
-    ) -> list[Answers]:
-        """The answers to each prompt, in order; `keys` name the prompts' random streams."""
+    ) -> Iterator[tuple[int, Answers]]:
+        """(index, answers) of every prompt, as they are done; `keys` name the prompts' random streams."""
 
 
 @dataclass
@@ -175,18 +225,24 @@ class PolicyLoader:
         """
         if self._current is not None and stage.backend != "transformers":
             self._forget()
+        # A backend's file is opened where a stage wants it.
         if stage.backend == "endpoint":
+            from rrhf_peft.sample.endpoint import EndpointPolicy
+
             index, entry = next(iter(stage.entries.items()))
             assert entry.endpoint is not None
             at = f"sampling.candidates.{index}.endpoint"
             return EndpointPolicy(entry.endpoint, self.sampling.template, at=at, known_to_answer=known_to_answer)
         assert stage.model is not None
         if stage.backend == "vllm":
+            from rrhf_peft.sample.vllm_policy import VllmPolicy
+
             tokenizer = tokenizer_of(stage.model)
             policy = VllmPolicy(stage.model.name, **_vllm_settings(stage.model), adapter=stage.adapter)
             return _Tokenized(tokenizer, self.sampling, policy.respond)
-        model = self._model(stage)
-        self._current = model
+        from rrhf_peft.sample.transformers_policy import respond
+
+        self._current = model = self._model(stage)
 
         def answer(
             prompts: Any, keys: Any, decoding: Decoding, progress: Progress, **more: Any
@@ -224,6 +280,9 @@ class PolicyLoader:
 class _Tokenized:
     """A policy that reads token ids: templates and tokenises the prompts for it."""
 
+    #: Batches hold prompts of one unit, so that rows are the same to the last digit wherever a run was killed.
+    across_units = False
+
     def __init__(self, tokenizer: Any, sampling: SamplingSection, answer: Any) -> None:
         self.tokenizer, self.sampling, self.answer = tokenizer, sampling, answer
         self.tokenizer_fingerprint: str | None = tokenization_fingerprint(tokenizer, sampling.template)
@@ -231,7 +290,7 @@ class _Tokenized:
 
     def respond(
         self, prompts: Sequence[RankedGroup], keys: Sequence[str], decoding: Decoding, progress: Progress
-    ) -> list[Answers]:
+    ) -> Iterator[tuple[int, Answers]]:
         """The answers to each prompt; one that no template fits, or that is too long, costs nothing but its own."""
         encoded: dict[int, list[int]] = {}
         failures: dict[int, str] = {}
@@ -254,7 +313,7 @@ class _Tokenized:
         answers = [Answers([], [failures[index]] if index in failures else []) for index in range(len(prompts))]
         for index, candidates in zip(indices, responses, strict=True):
             answers[index].candidates.extend(candidates)
-        return answers
+        yield from enumerate(answers)
 
     def _encode(self, prompt: RankedGroup) -> list[int]:
         text = prompt_text(prompt, self.tokenizer, self.sampling.template)

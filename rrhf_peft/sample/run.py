@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,8 @@ from rrhf_peft.files import (
 )
 from rrhf_peft.jobs import Processes, ShardedOutput, exclusive, fingerprint_of, launched_processes, whole_models
 from rrhf_peft.progress import Advance, progress
-from rrhf_peft.recipe import Recipe, SamplingSection
-from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.candidate import Sampled, joined_row
+from rrhf_peft.recipe import CandidatesSection, Recipe, SamplingSection
+from rrhf_peft.records import PER_RESPONSE, RankedGroup, UserError
 from rrhf_peft.sample.policies import (
     Policy,
     PolicyLoader,
@@ -197,7 +196,9 @@ class _EntryWork:
     ) -> None:
         self.index, self.entry, self.sampling = index, stage.entries[index], sampling
         self.policy, self.source = stage.name, source_of(stage, self.entry)
-        size = sampling.unit_prompts
+        # Whole batches where there are many prompts; what is paid for one by one is saved more often.
+        usual = 128 if stage.backend != "endpoint" and len(prompts) >= 512 else 32
+        size = sampling.unit_prompts or usual
         self.units = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         settings = sampling.model_dump(include={"template", "stop", "max_prompt_tokens", "seed", "unit_prompts"})
         fingerprint = fingerprint_of(stage.describe(), index, describe_entry(self.entry), settings, texts)
@@ -216,22 +217,28 @@ class _EntryWork:
         return len(self.shards.pending()) < len(range(self.shards.processes.index, len(self.units), count))
 
     def run(self, policy: Policy, advance: Advance) -> None:
-        """Do this process's part of what is missing."""
+        """Do this process's part of what is missing; a unit is written as soon as all of its prompts are answered."""
+        pending = self.shards.pending()
+        for units in [pending] if policy.across_units else [[unit] for unit in pending]:
+            self._answer(units, policy, advance)
+
+    def _answer(self, units: Sequence[int], policy: Policy, advance: Advance) -> None:
         decoding = decoding_of(self.entry, self.sampling)
-        for unit in self.shards.pending():
-            prompts = self.units[unit]
-            keys = [f"{self.sampling.seed}/{self.index}/{prompt.index}" for prompt in prompts]
-            answers = policy.respond(prompts, keys, decoding, lambda groups, tokens: advance(groups, tokens=tokens))
-            rows = [
-                {
-                    "prompt_index": prompt.index,
-                    "candidates": [asdict(candidate) for candidate in answer.candidates],
-                    "failures": answer.failures,
-                    "tokenizer": policy.tokenizer_fingerprint,
-                }
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ]
-            self.shards.write(unit, rows)
+        unit_of = [unit for unit in units for _ in self.units[unit]]
+        prompts = [prompt for unit in units for prompt in self.units[unit]]
+        keys = [f"{self.sampling.seed}/{self.index}/{prompt.index}" for prompt in prompts]
+        rows: dict[int, dict[int, dict[str, Any]]] = {unit: {} for unit in units}
+        answers = policy.respond(prompts, keys, decoding, lambda groups, tokens: advance(groups, tokens=tokens))
+        for index, answer in answers:
+            unit = unit_of[index]
+            rows[unit][index] = {
+                "prompt_index": prompts[index].index,
+                "candidates": [asdict(candidate) for candidate in answer.candidates],
+                "failures": answer.failures,
+                "tokenizer": policy.tokenizer_fingerprint,
+            }
+            if len(rows[unit]) == len(self.units[unit]):
+                self.shards.write(unit, [row for _, row in sorted(rows.pop(unit).items())])
 
 
 def _sample_stage(
@@ -308,3 +315,109 @@ class _Rows:
                 f"{self.sampling.output}: not written, because none of {len(self.prompts)} prompts has a response "
                 f"({said}). Change the settings or the model; what was sampled is done again only where they differ."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What one entry gave for one prompt, as it was read from the stage's file.
+
+    Attributes:
+        entry: Its section.
+        source: Its name in the sources column.
+        policy: The name of the model or adapter.
+        candidates: Fields of `Candidate`.
+        failures: Why others are missing.
+        tokenizer: Fingerprint of what the candidates' token ids belong to; None without ids.
+    """
+
+    entry: CandidatesSection
+    source: str
+    policy: str
+    candidates: Sequence[dict[str, Any]]
+    failures: Sequence[str] = ()
+    tokenizer: str | None = None
+
+
+def joined_row(
+    prompt: RankedGroup,
+    sampled: Sequence[Sampled],
+    *,
+    keep_provided: bool,
+    as_trained: Callable[[str], str],
+    keep_all: bool = False,
+) -> dict[str, Any]:
+    """All candidates of a prompt in one row: provided responses first, then entry by entry, each text once.
+
+    The row has the columns of `RankedGroup`, without scores, and the prompt's own ones. `meta.candidates` says for
+    each response how it was made, with the same keys for all; `meta.removed` names what was left out and why;
+    `meta.prompt_index` is the prompt's index. Who measures a policy, instead of training one, keeps empty texts and
+    repeated ones too.
+
+    Args:
+        prompt: With the responses it came with.
+        sampled: Of every entry, in the recipe's order.
+        keep_provided: Whether those responses stay.
+        as_trained: The template's response text; two responses equal after it are duplicates.
+        keep_all: Whether empty texts and duplicates stay.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in ("responses", "sources", *PER_RESPONSE)}
+    details, removed, seen = list[dict[str, Any]](), list[dict[str, str]](), set[str]()
+
+    def add(text: str, source: str, detail: dict[str, Any], known: Mapping[str, Any]) -> None:
+        key = as_trained(text)
+        if not keep_all and (not text.strip() or key in seen):
+            removed.append({"source": source, "reason": "duplicate" if text.strip() else "empty"})
+            return
+        seen.add(key)
+        details.append(detail)
+        for name, value in {"responses": text, "sources": source, **known}.items():
+            columns[name].append(value)
+
+    if keep_provided:
+        for index, (text, source) in enumerate(zip(prompt.responses, prompt.sources, strict=True)):
+            detail = _detail("provided", source, provided_score=prompt.scores[index])
+            add(text, source, detail, {name: getattr(prompt, name)[index] for name in PER_RESPONSE})
+    for item in sampled:
+        entry = item.entry
+        temperature = None if entry.strategy == "beam" else entry.temperature
+        for candidate in item.candidates:
+            told = {name: candidate[name] for name in ("num_tokens", "log_prob", "finish_reason")}
+            known = {
+                "finish_reasons": told["finish_reason"],
+                "num_tokens": told["num_tokens"],
+                "token_ids": candidate["token_ids"],
+                "tokenizers": None if candidate["token_ids"] is None else item.tokenizer,
+            }
+            add(candidate["text"], item.source, _detail(entry.strategy, item.policy, temperature, **told), known)
+        for number in range(entry.k - len(item.candidates)):
+            why = {"why": item.failures[min(number, len(item.failures) - 1)]} if item.failures else {}
+            removed.append({"source": item.source, "reason": "missing", **why})
+    told_of = {
+        name: values
+        for name, values in columns.items()
+        if name not in PER_RESPONSE or any(value is not None for value in values)
+    }
+    rest = {name: value for name, value in prompt.columns.items() if name not in ("meta", "scores", *columns)}
+    meta = {**prompt.origin, "prompt_index": prompt.index, "candidates": details, "removed": removed}
+    return {"prompt": prompt.prompt, **told_of, **rest, "meta": meta}
+
+
+def _detail(
+    strategy: str,
+    policy: str,
+    temperature: float | None = None,
+    *,
+    num_tokens: int | None = None,
+    log_prob: float | None = None,
+    finish_reason: str | None = None,
+    provided_score: float | None = None,
+) -> dict[str, Any]:
+    return {
+        "strategy": strategy,
+        "policy": policy,
+        "temperature": temperature,
+        "num_tokens": num_tokens,
+        "log_prob": log_prob,
+        "finish_reason": finish_reason,
+        "provided_score": provided_score,
+    }

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rrhf_peft.records import UserError
-from rrhf_peft.sample.candidate import Candidate, Decoding, FinishReason
-from rrhf_peft.sample.steps import StopStrings
-from rrhf_peft.sample.transformers_policy import response_text
+from rrhf_peft.sample.policies import Candidate, Decoding, FinishReason
+from rrhf_peft.sample.transformers_policy import StopStrings, response_text
 
 
 class VllmPolicy:

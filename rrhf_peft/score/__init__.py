@@ -1,5 +1,5 @@
 """Score candidate responses, higher is better: `run` is the story, each scorer a file beside it."""
 
-from rrhf_peft.score.rule import Rule, load_rule, vader
+from rrhf_peft.score.rule import Rule, load_rule, math_answer, vader
 
-__all__ = ["Rule", "load_rule", "vader"]
+__all__ = ["Rule", "load_rule", "math_answer", "vader"]

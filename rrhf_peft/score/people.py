@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rrhf_peft.data import transcript
 from rrhf_peft.files import replace_text
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.score.candidates import GroupScores
-from rrhf_peft.score.combine import share_beaten
+from rrhf_peft.score.combine import GroupScores, share_beaten
 from rrhf_peft.score.judge import letter_label
 
 if TYPE_CHECKING:
@@ -53,10 +52,6 @@ class PeopleScores:
             GroupScores(scores, {index: "not ranked" for index, score in enumerate(scores) if score is None})
             for scores in merged
         ]
-
-    def counts(self) -> dict[str, int]:
-        """Nothing to count; `agreement` goes to the report."""
-        return {}
 
 
 # ---- the sheet ----

@@ -14,12 +14,11 @@ import torch
 
 from rrhf_peft.data import GroupCollator, tokenize_every_response
 from rrhf_peft.logprobs import install, prove
-from rrhf_peft.modeling import load_policy, read_adapter, refuse_beyond_context
+from rrhf_peft.modeling import TokenBudget, load_policy, read_adapter, refuse_beyond_context
 from rrhf_peft.recipe import ModelSection, Recipe
 from rrhf_peft.recipe.stages import PolicyScorer
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
-from rrhf_peft.score.batches import TokenBudget
-from rrhf_peft.score.candidates import GroupScores
+from rrhf_peft.score.combine import GroupScores
 
 
 class PolicyScores:
@@ -138,12 +137,11 @@ class PolicyGroups:
         self.policy.prove([group for group in groups if group.responses])
 
     def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
-        """p_i; a response without text has none."""
-        return [
+        """p_i; a response without text has none. Responses that lost their end are counted."""
+        before = self.policy.truncated
+        scored = [
             GroupScores(scores, {index: "no text" for index, score in enumerate(scores) if score is None})
             for scores in self.policy.score(groups)
         ]
-
-    def counts(self) -> dict[str, int]:
-        """Responses that lost their end."""
-        return {"truncated_responses": self.policy.truncated}
+        scored[0].counts["truncated_responses"] = self.policy.truncated - before
+        return scored

@@ -28,10 +28,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.initialization import no_init_weights
 
 from rrhf_peft.data import TEMPLATES, chat_messages, conversation_ids
-from rrhf_peft.modeling import checkpoint_tensors, default_device, resolve_dtype, resolve_source
+from rrhf_peft.modeling import TokenBudget, checkpoint_tensors, default_device, resolve_dtype, resolve_source
 from rrhf_peft.records import LARGEST_SCORE, Message, RankedGroup, UserError
-from rrhf_peft.score.batches import TokenBudget
-from rrhf_peft.score.candidates import GroupScores
+from rrhf_peft.score.combine import GroupScores
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
@@ -70,14 +69,17 @@ class RewardModelScores:
         self.model = RewardModel(model, label=label, values=section.values, batch_tokens=section.batch_tokens)
 
     def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
-        """Rewards; every response gets one."""
-        rows = [self.texts.row(group.prompt, response) for group in groups for response in group.responses]
+        """Rewards; every response gets one. Texts that lost their beginning are counted."""
+        rows, truncated = [], []
+        for group in groups:
+            before = self.texts.truncated
+            rows += [self.texts.row(group.prompt, response) for response in group.responses]
+            truncated.append(self.texts.truncated - before)
         scores = iter(self.model.score(rows))
-        return [GroupScores([next(scores) for _ in group.responses]) for group in groups]
-
-    def counts(self) -> dict[str, int]:
-        """Texts that lost their beginning."""
-        return {"truncated_texts": self.texts.truncated}
+        return [
+            GroupScores([next(scores) for _ in group.responses], counts={"truncated_texts": count})
+            for group, count in zip(groups, truncated, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,33 @@
 """Rules: any Python function as a scorer, named by its dotted path; and scores by who wrote a response.
 
-A rule is called once per prompt with all of its responses and returns one number for each, higher is better::
+A rule is called once per prompt with all of its responses and returns one number for each, higher is better. It sees
+the other columns of the prompt's row (a ground truth, tests, metadata) as keywords: those that it names, or all with
+`**columns`. TRL's reward functions are rules as well: one that names `completions` gets lists as TRL gives them::
 
-    def rule(prompt: str, responses: list[str]) -> list[float]: ...
+    def rule(prompt: str, responses: list[str], answer: str, **columns) -> list[float | None]: ...
+    def rule(prompts: list, completions: list, **columns: list) -> list[float | None]: ...
 
 Lists, tuples, generators, NumPy arrays and tensors of one dimension are read; None stands for a response that
-the rule does not score. Naming a rule runs the code of its module, as importing it would.
+the rule does not score. Naming a rule runs the code of its module, as importing it would. With `processes` or `timeout`
+it runs in worker processes: several groups are scored at a time, and a rule that never ends costs its group alone.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import difflib
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import math
+import multiprocessing
 import numbers
 import os
 import pkgutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -30,8 +38,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from rrhf_peft.data import transcript
-from rrhf_peft.records import LARGEST_SCORE, RankedGroup, UserError
-from rrhf_peft.score.candidates import GroupScores
+from rrhf_peft.records import LARGEST_SCORE, Message, RankedGroup, UserError
+from rrhf_peft.score.combine import GroupScores, columns_of
 
 if TYPE_CHECKING:
     from rrhf_peft.recipe import Recipe
@@ -40,33 +48,61 @@ if TYPE_CHECKING:
 #: (prompt, its responses) -> one score per response.
 Rule = Callable[[str, list[str]], list[float]]
 
-_SIGNATURE = "a rule is a function (prompt: str, responses: list[str]) -> list[float]"
+_SIGNATURE = "a rule is a function (prompt: str, responses: list[str], **columns) -> list[float]"
 
 
 class RuleScores:
-    """A rule over candidates; a response that it gives None has no score."""
+    """A rule over candidates; a response that it gives None, or whose group took too long, has no score."""
 
     def __init__(self, section: RuleScorer, recipe: Recipe, seed: int, groups: Sequence[RankedGroup]) -> None:
-        self.name, self.function = section.function, import_rule(section.function)
+        self.section, self.function = section, import_rule(section.function)
+        self.pool: concurrent.futures.ProcessPoolExecutor | None = None
+        if section.processes > 1 or section.timeout is not None:
+            self.pool = concurrent.futures.ProcessPoolExecutor(section.processes, multiprocessing.get_context("spawn"))
 
     def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """What the rule says."""
+        name, seconds = self.section.function, self.section.timeout
+        rows = [(group.prompt, group.responses, columns_of(group), group.index) for group in groups]
+        if self.pool is None:
+            given: list[list[float | None] | None] = [rule_scores(name, self.function, *row) for row in rows]
+        else:
+            try:
+                given = list(self.pool.map(functools.partial(_scored_by_worker, name, seconds), rows))
+            except concurrent.futures.BrokenExecutor:
+                raise UserError(
+                    f"rule {name!r}: its process ended in the middle of a call. Correct the rule, which must not exit, "
+                    "crash or outgrow the memory. What was scored before is kept."
+                ) from None
+        late = f"the rule took more than {seconds} seconds"
         scored = []
-        for group in groups:
-            scores = rule_scores(
-                self.name,
-                self.function,
-                group.prompt if isinstance(group.prompt, str) else transcript(group.prompt),
-                group.responses,
-                group.index,
-            )
-            none = {number: "the rule gives no score" for number, score in enumerate(scores) if score is None}
-            scored.append(GroupScores(scores, none))
+        for group, scores in zip(groups, given, strict=True):
+            values: list[float | None] = [None] * len(group.responses) if scores is None else scores
+            why = late if scores is None else "the rule gives no score"
+            scored.append(GroupScores(values, {number: why for number, score in enumerate(values) if score is None}))
         return scored
 
-    def counts(self) -> dict[str, int]:
-        """Nothing to count."""
-        return {}
+
+def _scored_by_worker(name: str, seconds: float | None, row: tuple[Any, ...]) -> list[float | None] | None:
+    """In a worker process: the rule's scores, None where it takes too long; on systems that have alarms."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise _TooLateError
+
+    if seconds is not None and hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return rule_scores(name, import_rule(name), *row)
+    except _TooLateError:
+        return None
+    finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class _TooLateError(BaseException):
+    """No rule that catches every Exception catches this one."""
 
 
 class SourceScores:
@@ -83,10 +119,6 @@ class SourceScores:
     def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
         """What the patterns say; every response gets a score."""
         return [GroupScores([self.scores[source] for source in group.sources]) for group in groups]
-
-    def counts(self) -> dict[str, int]:
-        """Nothing to count."""
-        return {}
 
 
 def source_score(source: str, scores: Mapping[str, float]) -> float:
@@ -169,7 +201,12 @@ def import_rule(name: str) -> Callable[..., Any]:
 
 
 def rule_scores(
-    name: str, function: Callable[..., Any], prompt: str, responses: Sequence[str], group: int | None = None
+    name: str,
+    function: Callable[..., Any],
+    prompt: str | list[Message],
+    responses: Sequence[str],
+    columns: Mapping[str, Any] | None = None,
+    group: int | None = None,
 ) -> list[float | None]:
     """Call the rule for one prompt, and read what it returns.
 
@@ -177,9 +214,10 @@ def rule_scores(
         UserError: the rule fails, or returns anything else than a finite number or None for each response;
             names the rule, the group (its position in the input) and the prompt.
     """
-    where = _where(name, prompt, group)
+    text = prompt if isinstance(prompt, str) else transcript(prompt)
+    where = _where(name, text, group)
     try:
-        returned = function(prompt, list(responses))
+        returned = _called(function, prompt, text, responses, columns or {}, where)
         if hasattr(returned, "tolist"):  # NumPy arrays and tensors
             returned = returned.tolist()
         if isinstance(returned, (str, bytes, Mapping, Set)) or not isinstance(returned, Iterable):
@@ -200,6 +238,42 @@ def rule_scores(
             f"{where}: it returned {number} scores for {len(responses)} responses. Return one for each, in order."
         )
     return [_number(value, f"{where}: the score of response {i}", responses[i]) for i, value in enumerate(values)]
+
+
+def _called(
+    function: Callable[..., Any],
+    prompt: str | list[Message],
+    text: str,
+    responses: Sequence[str],
+    columns: Mapping[str, Any],
+    where: str,
+) -> Any:
+    """The rule's own answer, by the signature that it has."""
+    parameters = _parameters(function)
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    given = {name: value for name, value in columns.items() if takes_all or name in parameters}
+    is_trl = "completions" in parameters
+    first = ["prompts", "completions"] if is_trl else list(parameters)[:2]  # a column may bear such a name
+    for name, parameter in parameters.items():
+        variable = parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        if name not in given and name not in first and parameter.default is inspect.Parameter.empty and not variable:
+            raise UserError(f"{where} needs the column {name}, which its row does not have. Add it, or give a default.")
+    if not is_trl:
+        return function(text, list(responses), **{name: given[name] for name in given if name not in first})
+    k = len(responses)
+    chat: list[Any] = [[{"role": "assistant", "content": response}] for response in responses]
+    given = {name: [value] * k for name, value in given.items()}
+    given["completions"] = list(responses) if isinstance(prompt, str) else chat
+    if takes_all or "prompts" in parameters:
+        given["prompts"] = [prompt] * k
+    return function(**given)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a function written in C nobody knows
+        return {}
 
 
 def _number(value: Any, where: str, response: str) -> float | None:
@@ -266,6 +340,31 @@ def _vader_analyzer() -> Any:
             "The rule rrhf_peft.score:vader needs a package that is not installed: pip install 'rrhf-peft[vader]'."
         ) from None
     return SentimentIntensityAnalyzer()
+
+
+def math_answer(prompt: str, responses: list[str], answer: Any, **columns: Any) -> list[float]:
+    """1 for each response whose final answer equals the column `answer`, else 0; a rule that is shipped.
+
+    math-verify (https://github.com/huggingface/Math-Verify) finds the answer, the last one in a box or else the last
+    number or formula, and compares values: 1/2 equals 0.5. Of an `answer` with its derivation, as GSM8K has it, what
+    stands behind ``####`` counts. Set a `timeout`: a response may be a formula that no computer algebra finishes.
+
+    Raises:
+        UserError: math-verify is not installed, or the ground truth holds no answer.
+    """
+    try:
+        from math_verify import parse, verify
+    except ModuleNotFoundError:
+        raise UserError(
+            "The rule rrhf_peft.score:math_answer needs a package that is not installed: pip install 'rrhf-peft[math]'."
+        ) from None
+    text = str(answer).rpartition("####")[2].strip().replace(",", "")
+    # The package's own alarms would put off the one that limits the rule.
+    truth = parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
+    if not truth:
+        raise UserError(f"the column answer holds no number or formula: {_shortened(str(answer))}. Correct that row.")
+    given = [parse(response, parsing_timeout=None) for response in responses]
+    return [float(verify(truth, item, timeout_seconds=None)) for item in given]
 
 
 def _where(name: str, prompt: str, group: int | None = None) -> str:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -42,13 +43,20 @@ from rrhf_peft.recipe.stages import (
     ScoringSection,
 )
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.score.candidates import GroupScores, Scorer, read_candidates
-from rrhf_peft.score.combine import LEAST_RESPONSES, ScoreReport, finished_rows
+from rrhf_peft.score.combine import LEAST_RESPONSES, GroupScores, ScoreReport, finished_rows, read_candidates
 from rrhf_peft.score.judge import Judge
 from rrhf_peft.score.people import PeopleScores, is_handed_out, key_path, texts_of, write_sheet
 from rrhf_peft.score.policy import PolicyGroups, policy_of
 from rrhf_peft.score.reward_model import RewardModelScores
 from rrhf_peft.score.rule import RuleScores, SourceScores, rule_source
+
+
+class Scorer(Protocol):
+    """Scores groups; made from (its section of the recipe, the recipe, a seed, all groups)."""
+
+    def score(self, groups: Sequence[RankedGroup]) -> list[GroupScores]:
+        """One `GroupScores` for each group, in order."""
+
 
 #: Name in a recipe -> what makes the scorer from (section, recipe, seed, all groups).
 SCORERS: dict[str, Callable[[Any, Recipe, int, Sequence[RankedGroup]], Scorer]] = {
@@ -187,17 +195,36 @@ def _score_units(
                 scorer.client.answered_before()
     share = f" (process 1 of {processes.count})" if processes.count > 1 else ""
     with progress(console, f"scoring{share}", sum(len(units[unit]) for unit in pending)) as advance:
-        for unit in pending:
-            before = _counts(scorers)
-            by_label = {label: scorer.score(units[unit]) for label, scorer in scorers.items()}
-            used = _counts(scorers)
-            used.subtract(before)
+        for unit, judged in _judged(units, pending, scorers):
+            by_label = {label: judged.get(label) or scorer.score(units[unit]) for label, scorer in scorers.items()}
             rows: list[dict[str, Any]] = [
                 {"scores": {label: _as_json(scores[index]) for label, scores in by_label.items()}}
                 for index in range(len(units[unit]))
             ]
-            shards.write(unit, [*rows, {"counts": dict(+used)}])
+            shards.write(unit, [*rows, {"counts": _counts(by_label)}])
             advance(len(units[unit]))
+
+
+def _judged(
+    units: Sequence[Sequence[RankedGroup]], pending: Sequence[int], scorers: Mapping[str, Scorer]
+) -> Iterator[tuple[int, dict[str, list[GroupScores]]]]:
+    """Every pending unit with what judges say of it: their requests of all units are under way together."""
+    groups = [(unit, group) for unit in pending for group in units[unit]]
+    streams = [
+        zip(repeat(label), scorer.each([group for _, group in groups]), strict=False)
+        for label, scorer in scorers.items()
+        if isinstance(scorer, Judge)
+    ]
+    if not streams:
+        yield from ((unit, {}) for unit in pending)
+        return
+    said: dict[int, dict[str, dict[int, GroupScores]]] = {unit: {} for unit in pending}
+    for answer in filter(None, chain.from_iterable(zip_longest(*streams))):
+        label, (index, scores) = answer
+        unit = groups[index][0]
+        said[unit].setdefault(label, {})[index] = scores
+        if sum(map(len, said[unit].values())) == len(units[unit]) * len(streams):
+            yield unit, {label: [part[at] for at in sorted(part)] for label, part in said.pop(unit).items()}
 
 
 def _merge(
@@ -351,19 +378,17 @@ def _refuse_output_as_input(section: ScoringSection) -> None:
             )
 
 
-def _counts(scorers: Mapping[str, Scorer]) -> Counter[str]:
-    """The scorers' totals; of several, each under its label."""
-    return Counter(
-        {
-            name if len(scorers) == 1 else f"{label}: {name}": count
-            for label, scorer in scorers.items()
-            for name, count in scorer.counts().items()
-        }
-    )
+def _counts(by_label: Mapping[str, Sequence[GroupScores]]) -> dict[str, int]:
+    """What scoring a unit took; of several scorers, each under its label."""
+    counts: Counter[str] = Counter()
+    for label, scored in by_label.items():
+        for scores in scored:
+            counts.update({name if len(by_label) == 1 else f"{label}: {name}": n for name, n in scores.counts.items()})
+    return dict(counts)
 
 
 def _as_json(scores: GroupScores) -> dict[str, Any]:
-    return {name: value for name, value in asdict(scores).items() if value}
+    return {name: value for name, value in asdict(scores).items() if value and name != "counts"}
 
 
 def _from_json(values: Mapping[str, Any]) -> GroupScores:

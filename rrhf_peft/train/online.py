@@ -31,9 +31,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 
-from rrhf_peft.data import TEMPLATES, Encoder, GroupCollator, prompt_text, stop_token_ids
+from rrhf_peft.data import TEMPLATES, Encoder, GroupCollator, encode_prompts, prompt_text, stop_token_ids
 from rrhf_peft.data.tokenizing import Counts, why_dropped, without_duplicates
 from rrhf_peft.files import replace_text
+from rrhf_peft.modeling import TokenBudget
 from rrhf_peft.objectives import NEEDS_PAIRS
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.records import (
@@ -46,9 +47,8 @@ from rrhf_peft.records import (
     TokenizedGroup,
     UserError,
 )
-from rrhf_peft.sample.candidate import Candidate, Decoding
-from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.sample.transformers_policy import TokenBudget, respond
+from rrhf_peft.sample.policies import Candidate, Decoding
+from rrhf_peft.sample.transformers_policy import respond
 from rrhf_peft.score.combine import combined
 from rrhf_peft.score.run import make_scorers
 from rrhf_peft.train.config import RRHFConfig

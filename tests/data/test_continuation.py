@@ -196,10 +196,10 @@ def test_the_seam_of_a_tokenizer_that_prepends_a_space(stories_tokenizer):
 @pytest.fixture(scope="module")
 def sampled(tinystories):
     """The base's own samples, with the log-probs they were drawn with."""
-    from rrhf_peft.modeling import load_base_model, load_tokenizer
-    from rrhf_peft.sample.candidate import Decoding
-    from rrhf_peft.sample.prompts import encode_prompts
-    from rrhf_peft.sample.transformers_policy import TokenBudget, respond
+    from rrhf_peft.data import encode_prompts
+    from rrhf_peft.modeling import TokenBudget, load_base_model, load_tokenizer
+    from rrhf_peft.sample.policies import Decoding
+    from rrhf_peft.sample.transformers_policy import respond
 
     model, tokenizer = load_base_model(str(tinystories)), load_tokenizer(str(tinystories))
     stories = json.loads((tinystories.parents[1] / "text" / "tinystories_1000.json").read_text())[:40]

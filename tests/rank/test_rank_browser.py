@@ -14,7 +14,7 @@ from train.ranked_files import small_recipe
 from typer.testing import CliRunner
 
 from rrhf_peft.cli import app
-from rrhf_peft.score.candidates import read_candidates
+from rrhf_peft.score.combine import read_candidates
 from rrhf_peft.score.people import agreement, read_ranks, texts_of
 from rrhf_peft.train.run import train_recipe
 

@@ -15,7 +15,7 @@ from rrhf_peft.rank.answers import Answers, shared_groups
 from rrhf_peft.rank.results import figures, write_results
 from rrhf_peft.rank.run import pairs_of, rank_candidates
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.score.candidates import read_candidates
+from rrhf_peft.score.combine import read_candidates
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 from oracles.greedy_groups import coupled_greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from rrhf_peft.sample.candidate import Decoding
+from rrhf_peft.data import encode_prompts
+from rrhf_peft.modeling import TokenBudget
 from rrhf_peft.sample.diverse_beam import diverse_beam_search
-from rrhf_peft.sample.prompts import encode_prompts
-from rrhf_peft.sample.steps import StopStrings, left_padded
-from rrhf_peft.sample.transformers_policy import TokenBudget, respond
+from rrhf_peft.sample.policies import Decoding
+from rrhf_peft.sample.transformers_policy import StopStrings, left_padded, respond
 
 SETTINGS = [
     {},

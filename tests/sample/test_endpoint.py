@@ -9,8 +9,8 @@ from judge_server import completion, judge_server
 
 from rrhf_peft.recipe.stages import EndpointSection
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.candidate import Decoding
 from rrhf_peft.sample.endpoint import EndpointPolicy
+from rrhf_peft.sample.policies import Decoding
 
 pytest.importorskip("openai")
 
@@ -23,8 +23,13 @@ def said(call):
 
 def policy_of(url, template="raw", **settings):
     pauses = []
-    section = EndpointSection(base_url=url, model="m", **{"timeout": 5.0, **settings})
+    section = EndpointSection(base_url=url, model="m", **{"timeout": 60.0, **settings})
     return EndpointPolicy(section, template, at="here", pause=pauses.append), pauses
+
+
+def respond(policy, *asked):
+    """The answers in the order of the prompts."""
+    return [answers for _, answers in sorted(policy.respond(*asked), key=lambda item: item[0])]
 
 
 def prompts_of(*texts):
@@ -37,8 +42,8 @@ DECODING = Decoding("top_p", k=3, max_new_tokens=7, temperature=0.7, top_p=0.9, 
 def test_each_candidate_has_its_own_seed_which_depends_on_its_key_alone():
     with judge_server(said) as (url, server):
         policy, pauses = policy_of(url)
-        first = policy.respond(prompts_of("a", "long b"), ["0/0", "0/1"], DECODING)
-        again = policy.respond(prompts_of("long b"), ["0/1"], DECODING)
+        first = respond(policy, prompts_of("a", "long b"), ["0/0", "0/1"], DECODING)
+        again = respond(policy, prompts_of("long b"), ["0/1"], DECODING)
     assert first[1] == again[0]
     texts = [item.text for answer in first for item in answer.candidates]
     assert len(set(texts)) == 6
@@ -65,7 +70,7 @@ def test_plain_completions_and_finish_reasons(monkeypatch):
 
     with judge_server(script) as (url, server):
         policy, _ = policy_of(url, api="completions", api_key_env="MY_KEY")
-        found = policy.respond(prompts_of("long", "short"), ["0", "1"], Decoding("top_p", k=1, max_new_tokens=7))
+        found = respond(policy, prompts_of("long", "short"), ["0", "1"], Decoding("top_p", k=1, max_new_tokens=7))
     assert [answer.candidates[0].finish_reason for answer in found] == ["length", "eos"]
     assert (server.calls[0]["path"], server.calls[0]["key"]) == ("/v1/completions", "Bearer secret")
 
@@ -85,10 +90,10 @@ def test_faults_are_tried_again_and_nothing_is_lost():
     is_faulty = False
     with judge_server(script) as (url, server):
         policy, pauses = policy_of(url, concurrency=2)
-        expected = policy.respond(prompts_of("a", "b"), ["0", "1"], DECODING)
+        expected = respond(policy, prompts_of("a", "b"), ["0", "1"], DECODING)
         is_faulty, count = True, len(faults)
         server.calls.clear()
-        assert policy.respond(prompts_of("a", "b"), ["0", "1"], DECODING) == expected
+        assert respond(policy, prompts_of("a", "b"), ["0", "1"], DECODING) == expected
     asked = Counter(call["messages"][0]["content"] for call in server.calls)
     assert asked == {"a": 3 + count, "b": 3}
     assert len(pauses) == count
@@ -105,7 +110,7 @@ def test_what_the_server_refuses_is_missing_with_its_reason(status):
 
     with judge_server(script) as (url, _):
         policy, _ = policy_of(url, concurrency=1)
-        found = policy.respond(prompts_of("a", "b"), ["0", "1"], DECODING)
+        found = respond(policy, prompts_of("a", "b"), ["0", "1"], DECODING)
     assert [len(answer.candidates) for answer in found] == [1, 3]
     assert [answer.failures for answer in found] == [[f"http {status}: maximum context length is 4096"] * 2, []]
 
@@ -124,7 +129,7 @@ def test_what_the_server_refuses_is_missing_with_its_reason(status):
 def test_odd_answers_end_no_run(odd):
     with judge_server(lambda call: ("answer", odd) if call["number"] == 0 else said(call)) as (url, _):
         policy, _ = policy_of(url, concurrency=1, max_retries=0)
-        (answer,) = policy.respond(prompts_of("a"), ["0"], DECODING)
+        (answer,) = respond(policy, prompts_of("a"), ["0"], DECODING)
     if (
         isinstance(odd, dict)
         and odd.get("choices", [{}])[0].get("message") == completion("fine")["choices"][0]["message"]
@@ -148,7 +153,7 @@ def test_a_server_that_answers_nothing_ends_the_run_with_a_remedy(fault, part):
     with judge_server(lambda call: ("status", fault)) as (url, _):
         policy, _ = policy_of(url, max_retries=2, concurrency=1)
         with pytest.raises(UserError) as caught:
-            policy.respond(prompts_of("a"), ["0"], DECODING)
+            respond(policy, prompts_of("a"), ["0"], DECODING)
     assert part in str(caught.value)
     assert url in str(caught.value)
 
@@ -158,7 +163,7 @@ def test_no_server_at_all():
         pass
     policy, pauses = policy_of(url, max_retries=1)
     with pytest.raises(UserError, match="after 2 attempts"):
-        policy.respond(prompts_of("a"), ["0"], DECODING)
+        respond(policy, prompts_of("a"), ["0"], DECODING)
     assert pauses
 
 

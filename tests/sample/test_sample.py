@@ -20,7 +20,7 @@ from rrhf_peft.jobs import Processes, ShardedOutput
 from rrhf_peft.modeling import attach_adapter, load_base_model
 from rrhf_peft.recipe import make_recipe
 from rrhf_peft.records import UserError
-from rrhf_peft.sample.policies import PolicyLoader, make_stages
+from rrhf_peft.sample.policies import Decoding, PolicyLoader, make_stages
 from rrhf_peft.sample.run import refuse_several_vllm, sample_recipe
 
 TRANSCRIPT = "\n\nHuman: q\n\nAssistant:"
@@ -216,6 +216,9 @@ def test_wrong_prompt_files(tmp_path, text, part):
     assert "a.json" in str(caught.value)
 
 
+TOP_P_ONCE = Decoding("top_p", k=1, max_new_tokens=4)
+
+
 def test_templates_shape_what_the_policy_reads(tiny_model_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Why?\n")
@@ -224,7 +227,9 @@ def test_templates_shape_what_the_policy_reads(tiny_model_folder, tmp_path):
         recipe = sample_recipe_of(tiny_model_folder, prompts, tmp_path / "x.jsonl", [TOP_P], template=template)
         policy = PolicyLoader(recipe.sampling).load(make_stages(recipe)[0])
         policy.answer = lambda encoded, *rest, template=template, **more: seen.update({template: encoded[0]}) or [[]]
-        policy.respond(read_groups(str(prompts), needs="prompt"), ["0"], None, None)
+        assert list(policy.respond(read_groups(str(prompts), needs="prompt"), ["0"], TOP_P_ONCE, None)) == [
+            (0, ([], []))
+        ]
     decode = AutoTokenizer.from_pretrained(tiny_model_folder).decode
     assert decode(seen["raw"]) == "<s>Why?"
     assert decode(seen["hh"]) == "<s>\n\nHuman: Why?\n\nAssistant:"
@@ -364,11 +369,13 @@ def test_more_beams_than_tokens_are_refused(tiny_model_folder, tmp_path, strateg
 
 def test_no_two_candidates_of_a_run_share_a_random_stream(tiny_model_folder, tmp_path, monkeypatch):
     """Several entries, of one model and of two, and several prompts."""
-    from rrhf_peft.sample import top_p
+    from rrhf_peft.sample import transformers_policy
 
     streams = []
-    stream = top_p.uniform_stream
-    monkeypatch.setattr(top_p, "uniform_stream", lambda key, length: streams.append(key) or stream(key, length))
+    stream = transformers_policy.uniform_stream
+    monkeypatch.setattr(
+        transformers_policy, "uniform_stream", lambda key, length: streams.append(key) or stream(key, length)
+    )
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model_folder, copy)
     entries = [TOP_P, TOP_P, {**TOP_P, "model": str(copy)}, {**TOP_P, "temperature": 0.5, "model": str(copy)}]

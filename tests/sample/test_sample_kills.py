@@ -155,7 +155,7 @@ def test_killed_after_the_rows_were_written_and_before_the_parts_were_removed(un
         raise KeyboardInterrupt
 
     with monkeypatch.context() as killing:
-        killing.setattr("rrhf_peft.sample.run.remove", kill)
+        killing.setattr("rrhf_peft.sample.run.remove_work_folder", kill)
         with pytest.raises(KeyboardInterrupt):
             sample_recipe(make_recipe(values, needs=["sampling"]))
     assert (tmp_path / "out.jsonl.stages").exists()

@@ -11,9 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rrhf_peft.data import tokenize_groups
+from rrhf_peft.data import encode_prompts, tokenize_groups
 from rrhf_peft.records import RankedGroup, UserError
-from rrhf_peft.sample.prompts import encode_prompts
 from rrhf_peft.sample.transformers_policy import sample_top_p
 
 PROMPTS = ["A fox", "The old mill stood by the river and", "", "Two", "Every morning the baker"]

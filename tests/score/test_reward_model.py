@@ -11,8 +11,8 @@ from reward_folders import llama_classifier, value_head_state
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
+from rrhf_peft.modeling import TokenBudget
 from rrhf_peft.records import UserError
-from rrhf_peft.score.batches import TokenBudget
 from rrhf_peft.score.reward_model import (
     RewardModel,
     TokenRow,

@@ -223,15 +223,17 @@ def test_a_key_that_the_server_echoes_is_not_shown(tmp_path, monkeypatch):
 def test_trying_harder_continues_what_was_finished(tmp_path):
     """Retries, concurrency, time-outs and the address change no score and cost no finished work."""
     write_candidates(tmp_path / "candidates.jsonl")
-    with judge_server(lambda call: honest(call["messages"])) as (url, first):
-        with pytest.raises(UserError, match="budget of 20 is spent"):
-            run(tmp_path, url, max_requests=20, max_retries=0)
-        asked = {response_in(call["messages"]) for call in first.calls[:16]}
+    with (
+        judge_server(lambda call: honest(call["messages"])) as (url, _),
+        pytest.raises(UserError, match="budget of 20 is spent"),
+    ):
+        run(tmp_path, url, max_requests=20, max_retries=0)
+    first_unit = {f"answer {g}.{i}" for g in range(4) for i in range(4)}
     with judge_server(lambda call: honest(call["messages"])) as (url, second):
         outcome = run(tmp_path, url, max_retries=9, reply_attempts=5, concurrency=2, timeout=60.0, first_wait=0.02)
     assert outcome.report.groups_kept == 12
     assert len(second.calls) == 48 - 16
-    assert not asked & {response_in(call["messages"]) for call in second.calls}
+    assert not first_unit & {response_in(call["messages"]) for call in second.calls}
 
 
 def test_refusals_in_the_last_unit_do_not_keep_a_resumed_run_from_its_end(tmp_path):
@@ -350,3 +352,45 @@ def test_replies_are_read_strictly():
     for ranks in ([2, 3, 4, 5], [1, 3, 3, 4], [1, 2, 2, 5], [-1, 1, 2, 3], [True, 2, 3, 4]):
         with pytest.raises(BadReplyError):
             parse_ranks(json.dumps({"ranks": dict(zip("ABCD", ranks, strict=True))}), "ABCD")
+
+
+def test_the_users_own_question_with_a_column_and_a_pattern_for_the_score(tmp_path):
+    """The last match counts, what the judge thinks before it does not; a number beyond the scale is a bad reply."""
+    rows = write_candidates(tmp_path / "candidates.jsonl", groups=2, k=3)
+    rows = [{**row, "reference": f"truth {index}"} for index, row in enumerate(rows)]
+    (tmp_path / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def script(call):
+        (message,) = call["messages"]
+        question, reference, response = message["content"].split("|")
+        assert (question, reference) == (f"question {response[7]}", f"truth {response[7]}")
+        return f"Perhaps Score: 1.\nBut then... Score: {11 if response == 'answer 1.2' else response[-1]}"
+
+    with judge_server(script) as (url, server):
+        template, pattern = "{prompt}|{reference}|{response}", r"Score: ([0-9.]+)"
+        outcome = run(tmp_path, url, prompt_template=template, score_pattern=pattern, extra_body={"top_k": 5})
+    assert [row["scores"] for row in rows_of(tmp_path / "scored.jsonl")] == [[0.0, 1.0, 2.0], [0.0, 1.0]]
+    assert outcome.report.counts["bad reply: score outside the scale"] == 2
+    assert {call["body"]["top_k"] for call in server.calls} == {5}
+
+
+def test_ranks_in_both_orders_are_averaged_and_their_agreement_is_reported(tmp_path):
+    """A judge that always prefers what stands first agrees with itself on nothing; an honest one on everything."""
+    write_candidates(tmp_path / "candidates.jsonl", groups=3, k=3)
+
+    def biased(call):
+        return "First of all, {A} looks fine.\n" + json.dumps({"ranks": {"A": 1, "B": 2, "C": 3}})
+
+    def fair(call):
+        shown = labelled_in(call["messages"])
+        best = sorted(shown, key=lambda label: shown[label])
+        return "```json\n" + json.dumps({"ranks": {label: best.index(label) + 1 for label in shown}}) + "\n```"
+
+    for script, alike, scores in ((biased, 0, [0.5, 0.5, 0.5]), (fair, 9, [1.0, 0.5, 0.0])):
+        with judge_server(script) as (url, server):
+            outcome = run(tmp_path, url, mode="rank", both_orders=True, reasoning=True, overwrite=True)
+        assert len(server.calls) == 6
+        assert outcome.report.counts["pairs ranked in both orders"] == 9
+        assert outcome.report.counts.get("of these alike", 0) == alike
+        assert all(row["scores"] == scores for row in rows_of(tmp_path / "scored.jsonl"))
+        assert "Think it over first" in server.calls[0]["messages"][0]["content"]

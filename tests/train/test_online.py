@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from rrhf_peft.data import Encoder, read_groups
 from rrhf_peft.objectives import OBJECTIVES
-from rrhf_peft.sample.candidate import Candidate
+from rrhf_peft.sample.policies import Candidate
 from rrhf_peft.train import online
 from rrhf_peft.train.online import OnlinePrompt, answers_of
 from rrhf_peft.train.run import train_recipe
