@@ -408,6 +408,10 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    fit: Annotated[
+        float | None,
+        typer.Option(min=1, help="GiB of the device: also say which changes make the recipe fit.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict the peak memory of a recipe before it runs: the data's lengths and arithmetic, no weights, no GPU.
@@ -416,16 +420,27 @@ def plan(
 
       rrhf-peft plan recipes/qlora_7b.yaml
       rrhf-peft plan recipes/qlora_7b.yaml engine.chunk_tokens=4096
+      rrhf-peft plan recipes/qlora_7b.yaml --fit 24
       rrhf-peft plan recipes/full_8xa100.yaml --processes 8
     """
-    from rrhf_peft.plan.run import plan_memory
+    from rrhf_peft.plan.run import fit_memory, plan_memory
     from rrhf_peft.recipe import load_recipe
 
-    result = plan_memory(load_recipe(recipe, overrides or []), device=device, processes=processes, responses=responses)
-    if as_json:
-        print_json(result.to_dict())
+    def make(changes: list[str]) -> Recipe:
+        return load_recipe(recipe, [*(overrides or []), *changes])
+
+    changes: list[str] | None = None
+    if fit is None:
+        result = plan_memory(make([]), device=device, processes=processes, responses=responses)
     else:
-        terminal().print(result)
+        result, changes = fit_memory(make, fit, device=device, processes=processes, responses=responses)
+    if as_json:
+        print_json(result.to_dict() | ({} if changes is None else {"changes": changes}))
+        return
+    terminal().print(result)
+    if changes is not None:
+        told = f"fits with these changes: {' '.join(changes)}" if changes else "fits as it is"
+        terminal().print(f"{fit:g} GiB: {told}", highlight=False, soft_wrap=True)
 
 
 @app.command()

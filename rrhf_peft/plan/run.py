@@ -8,6 +8,7 @@ cannot be known is said.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from rrhf_peft.plan.activations import head_bytes, pass_bytes
 from rrhf_peft.plan.weights import Weights, is_paged, optimizer_bytes, shaped_weights, step_bytes
 from rrhf_peft.recipe import Recipe
 from rrhf_peft.recipe.stages import JudgeScorer, RuleScorer
+from rrhf_peft.records import UserError
 
 #: Responses per prompt that a plan allows for unless told otherwise.
 USUAL_RESPONSES = 8
@@ -183,6 +185,65 @@ def plan_memory(
         gradient_checkpointing=checkpointing,
         unknown=_unknown(recipe, optimizer, on_cpu, responses, batch is not None),
     )
+
+
+#: What makes a training smaller, what costs least first; a later one of a key replaces an earlier one.
+SMALLER = (
+    "engine.gradient_checkpointing=true",
+    "engine.chunk_tokens=4096",
+    "engine.chunk_tokens=2048",
+    "training.optim=paged_adamw_8bit",
+    "model.quantization=nf4",
+    "engine.chunk_tokens=1024",
+)
+
+#: Bytes of a GPU that the prediction leaves out: its context, workspaces, fragmentation.
+RESERVED = 3 * 2**29
+
+
+def fit_memory(
+    make: Callable[[list[str]], Recipe], gib: float, *, device: str = "cuda", **options: Any
+) -> tuple[MemoryPlan, list[str]]:
+    """The changes of `SMALLER` that make a recipe fit, as overrides, with the plan that they make; none if it fits.
+
+    Args:
+        make: the recipe with these overrides.
+        gib: the memory of a device. Of a GPU `RESERVED` stays free.
+        device, options: as for `plan_memory`.
+
+    Raises:
+        UserError: no such change makes it fit; says what the least is.
+    """
+    room = gib * 2**30 - (RESERVED if device == "cuda" else 0)
+    chosen: list[str] = []
+    plan = plan_memory(make([]), device=device, **options)
+
+    def attempt(changes: list[str]) -> MemoryPlan | None:
+        try:
+            return plan_memory(make(changes), device=device, **options)
+        except UserError:  # not with this recipe: 4-bit weights cannot be trained themselves
+            return None
+
+    for change in SMALLER:
+        if plan.peak_bytes <= room:
+            break
+        key = change.split("=")[0]
+        changes = [*(other for other in chosen if other.split("=")[0] != key), change]
+        smaller = attempt(changes)
+        if smaller is not None and smaller.peak_bytes < plan.peak_bytes:
+            plan, chosen = smaller, changes
+    if plan.peak_bytes > room:
+        raise UserError(
+            f"--fit {gib:g}: the least that was found is {plan.peak_bytes / 2**30:.1f} GiB, with "
+            f"{' '.join(chosen) or 'no change'}, and {room / 2**30:.1f} GiB are there beside the GPU's own needs. "
+            "Lower data.max_tokens, shard over several GPUs (--processes), or take a smaller model."
+        )
+    for change in chosen[:-1]:  # one that a later one has made needless
+        fewer = [other for other in chosen if other != change]
+        other_plan = attempt(fewer)
+        if other_plan is not None and other_plan.peak_bytes <= room:
+            plan, chosen = other_plan, fewer
+    return plan, chosen
 
 
 def _compute_dtype(recipe: Recipe, weights: torch.dtype, on_cpu: bool) -> torch.dtype:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rrhf_peft.plan.run import MemoryPlan, plan_memory
+from rrhf_peft.plan.run import MemoryPlan, fit_memory, plan_memory
 from rrhf_peft.recipe import Recipe, make_recipe
 from rrhf_peft.records import UserError
 
@@ -185,3 +185,32 @@ def test_the_decoding_cache_of_online_training_counts_where_it_is_larger(llama_7
     small = plan_memory(recipe(llama_7b, online={**online, "batch_tokens": 100}, **settings))
     assert item(small, "decoding cache") == 0
     assert item(small, "activations") > 0
+
+
+def test_fit_names_the_changes_that_make_a_recipe_fit(tmp_path: Path) -> None:
+    config = {**json.loads(LLAMA_7B), "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4, "vocab_size": 2000}))
+
+    def make(changes: list[str]) -> Recipe:
+        sections: dict[str, Any] = {"engine": {"gradient_checkpointing": False, "chunk_tokens": 8192}}
+        for change in changes:
+            key, value = change.split("=")
+            section, name = key.split(".")
+            sections.setdefault(section, {})[name] = {"true": True}.get(value, value)
+        sections["training"] = {"output_dir": "o", **sections.get("training", {})}
+        return recipe(tmp_path, **sections)
+
+    def peak(changes: list[str]) -> int:
+        return plan_memory(make(changes), device="cpu").peak_bytes
+
+    as_it_is = peak([])
+    roomy, none = fit_memory(make, 1.01 * as_it_is / 2**30, device="cpu")
+    assert (none, roomy.peak_bytes) == ([], as_it_is)
+    room = 0.5 * as_it_is
+    plan, changes = fit_memory(make, room / 2**30, device="cpu")
+    assert changes
+    assert plan.peak_bytes == peak(changes) <= room
+    for change in changes:  # none of them is needless
+        assert peak([other for other in changes if other != change]) > room
+    with pytest.raises(UserError, match=r"--fit .*: the least that was found is .*gradient_checkpointing.*max_tokens"):
+        fit_memory(make, 0.001, device="cpu")
