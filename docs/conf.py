@@ -61,6 +61,8 @@ def links_between(app: Any, document: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     """Bring in what is written elsewhere, before anything is read."""
     app.connect("source-read", links_between)
+    # MathJax comes from its own server: only pages with formulas, those of notebooks, ask for it.
+    app.connect("builder-inited", lambda app: app.set_html_assets_policy("per_page"), priority=999)
     app.connect("autodoc-process-docstring", bars_are_bars)
     shutil.rmtree(HERE / "made", ignore_errors=True)
     (HERE / "made").mkdir()
