@@ -277,6 +277,15 @@ def test_budgets():
         assert len(server.calls) == 5
 
 
+def test_a_budget_of_money_counts_tokens_by_their_prices():
+    prices = {"prompt_price": 1e5, "completion_price": 2e5}  # of a million: 10 and 5 tokens cost 2
+    with judge_server(lambda call: "fine") as (url, server):
+        client, _ = client_of(url, max_cost=5.0, concurrency=1, **prices)
+        with pytest.raises(UserError, match=r"here\.max_cost: the budget of 5 is spent"):
+            client.gather(lambda text: failed(client, text), ["q"] * 9)
+        assert (len(server.calls), client.cost) == (3, 6.0)
+
+
 def test_completions_send_text():
     with judge_server(lambda call: f"{call['prompt']}!") as (url, server):
         client, _ = client_of(url, api="completions")

@@ -170,3 +170,36 @@ def test_no_server_at_all():
 def test_the_chat_template_is_the_servers():
     with pytest.raises(UserError, match=r"sampling\.template: chat needs a tokenizer"):
         policy_of("http://localhost:1/v1", "chat", api="completions")
+
+
+def test_all_candidates_of_a_prompt_in_one_request():
+    """One without text is missing with its reason; a server that takes no n is told, and nothing is made up."""
+
+    def script(call):
+        texts = ["one", None, "three"][: call["body"]["n"]]
+        choices = [completion(text)["choices"][0] for text in texts]
+        return ("answer", {**completion("x"), "choices": choices})
+
+    with judge_server(script) as (url, server):
+        policy, _ = policy_of(url, use_n=True)
+        (answer,) = respond(policy, prompts_of("a"), ["0"], DECODING)
+    assert [call["body"]["n"] for call in server.calls] == [3]
+    assert [(item.text, item.num_tokens) for item in answer.candidates] == [("one", None), ("three", None)]
+    assert answer.failures == ["no text: finish_reason stop"]
+    with judge_server(said) as (url, server):
+        policy, _ = policy_of(url, use_n=True, max_retries=0)
+        with pytest.raises(UserError, match=r"1 of 3 choices; a server that takes no n needs use_n: false"):
+            respond(policy, prompts_of("a"), ["0"], DECODING)
+
+
+def test_requests_of_all_prompts_are_under_way_together():
+    """As many as `concurrency`, also where a slow prompt is not done yet."""
+
+    def script(call):
+        return ("slow", 0.3, said(call))
+
+    with judge_server(script) as (url, server):
+        policy, _ = policy_of(url, concurrency=6)
+        respond(policy, prompts_of(*"abcdefgh"), [str(index) for index in range(8)], DECODING)
+    assert len(server.calls) == 24
+    assert server.most_at_once == 6
