@@ -26,6 +26,7 @@ LONGEST = (
     "test_kills.py",
     "sample/test_sample_kills.py",
     "notebooks/test_notebooks.py",
+    "rank/test_rank_browser.py",
     "cli/test_console.py",
     "score/test_score_kills.py",
     "rounds/test_rounds_examples.py",

@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.i
 
 
 def test_there_are_walkthroughs() -> None:
-    assert {"01_rrhf_in_ten_minutes.ipynb", "06_people_rank.ipynb"} <= {path.name for path in NOTEBOOKS}
+    assert {path.name[:2] for path in NOTEBOOKS} >= {"01", "02", "04", "06"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
