@@ -14,6 +14,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 #: In the wheel, setup.py puts them into the package; in a clone they stand beside it.
 FOLDER = next((folder for folder in (_PACKAGE / "shipped", _PACKAGE.parent / "recipes") if folder.is_dir()), None)
 
+#: Beside the recipes, read by `make reproduce` and `make study`.
+NO_RECIPES = ("paper/paper_numbers.yaml", "study/protocol.yaml")
+
 
 def shipped_recipes() -> dict[str, str]:
     """Name -> first sentence of its header, for every recipe and launch config: `sampling/dp`, `accelerate/ddp`."""
@@ -54,7 +57,9 @@ def _folder() -> Path:
 
 def _files() -> list[Path]:
     folder = _folder()
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".jsonl", ".txt"))
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    kinds = (".yaml", ".jsonl", ".txt")
+    return sorted(path for name, path in files.items() if path.suffix in kinds and name not in NO_RECIPES)
 
 
 def _name(path: Path) -> str:
