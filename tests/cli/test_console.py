@@ -90,8 +90,10 @@ def test_a_defect_says_where_it_is_and_how_to_report_it(rrhf: Run, monkeypatch: 
 
 @pytest.mark.parametrize("verb", [command.callback.__name__ for command in app.registered_commands if command.callback])
 def test_every_verb_shows_a_traceback_when_asked(verb: str, rrhf: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [verb, *(["x.yaml"] if verb not in ("demo", "schema") else [])]
-    arguments += ["-o", "x"] if verb in ("convert", "merge") else []
+    none: list[str] = []
+    needs = {"demo": none, "doctor": none, "schema": none, "recipes": ["list"], "push": ["x", "me/x"]}
+    needs |= {"convert": ["x", "-o", "y"], "merge": ["x", "-o", "y"], "new": ["--model", "x", "--data", "y"]}
+    arguments = [verb, *needs.get(verb, ["x.yaml"])]
     monkeypatch.setenv("RANK", "nonsense")
     assert "Traceback" not in rrhf(*arguments).stderr
     assert "Traceback" in rrhf(*arguments, "--debug").stderr
