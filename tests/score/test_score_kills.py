@@ -186,7 +186,7 @@ def test_a_kill_between_the_output_and_the_end_leaves_it_to_the_next_run(tmp_pat
     def kill(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rrhf_peft.jobs.remove", kill)
+    monkeypatch.setattr("rrhf_peft.jobs.remove_work_folder", kill)
     with pytest.raises(KeyboardInterrupt):
         score(recipe)
     monkeypatch.undo()
