@@ -214,6 +214,10 @@ def test_a_policy_equal_to_its_reference(name):
     start = {"dpo": math.log(2), "ipo": 25.0, "kto": 0.5, "nca": 2 * math.log(2)}
     if name in start:
         assert loss.item() == pytest.approx(start[name], rel=1e-12)
+    if name in ("rloo", "grpo"):  # all ratios are 1, and a group's advantages sum to 0
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+        assert metrics["clip_ratio"].total == 0
+        return
     for key in ("chosen", "rejected", "margins", "accuracies"):
         assert metrics[f"rewards/{key}"].total == 0
 
