@@ -486,7 +486,7 @@ def test_killed_before_the_stages_were_removed_then_run_with_another_seed(tiny_m
         def kill(path):
             raise KeyboardInterrupt
 
-        killing.setattr("rrhf_peft.sample.run.remove", kill)
+        killing.setattr("rrhf_peft.sample.run.remove_work_folder", kill)
         with pytest.raises(KeyboardInterrupt):
             sample_recipe(sample_recipe_of(tiny_model_folder, prompts, output, [TOP_P]))
     written = output.read_bytes()
