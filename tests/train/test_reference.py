@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rrhf_peft.data import GroupCollator, read_groups
 from rrhf_peft.logprobs import install
 from rrhf_peft.modeling import load_base_model
-from rrhf_peft.objectives import NEEDS_REFERENCE, OBJECTIVES
+from rrhf_peft.objectives import NEEDS_REFERENCE, OBJECTIVES, ONLINE_ONLY
 from rrhf_peft.records import RankedGroup, TokenizedGroup, UserError
 from rrhf_peft.train.config import RRHFConfig
 from rrhf_peft.train.reference import FILE, adapter_off_log_probs, resolve_reference
@@ -143,8 +143,11 @@ def test_accumulation_does_not_change_the_losses(tiny_model_folder, ranked, tmp_
         objective = {"name": "dpo", "beta": 0.5, "reference": reference}
         train_recipe(small_recipe(tiny_model_folder, ranked, run, objective=objective, training=training))
         curves[batch] = run
-    for name in ("loss", "grad_norm", "rank_loss", "rewards/margins", "rewards/accuracies", "pair_accuracy"):
+    for name in ("loss", "grad_norm", "rank_loss", "rewards/margins", "pair_accuracy"):
         assert curve(curves[1], name) == pytest.approx(curve(curves[8], name), rel=1e-4, abs=1e-6), name
+    # At the start the policy is its reference: which of two equal rewards is larger is rounding.
+    one, eight = (curve(curves[batch], "rewards/accuracies")[1:] for batch in (1, 8))
+    assert one == pytest.approx(eight, rel=1e-4)
     assert curve(curves[8])[-1] < 0.65
 
 
@@ -221,7 +224,7 @@ def test_a_resumed_run_reads_its_cache(tiny_model_folder, ranked, tmp_path):
         train_recipe(recipe, resume=True)
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - ONLINE_ONLY))
 def test_every_objective_trains_from_a_recipe(tiny_model_folder, tmp_path, name):
     groups = [{"prompt": f"say {i}", "responses": ["yes", "maybe", "no"], "scores": [2, 1, 0]} for i in range(8)]
     data = tmp_path / "data.jsonl"
@@ -231,7 +234,9 @@ def test_every_objective_trains_from_a_recipe(tiny_model_folder, tmp_path, name)
     train_recipe(small_recipe(tiny_model_folder, data, run, objective={"name": name}, training=training))
     losses = curve(run)
     assert losses[-1] < losses[0]
-    assert logged(run)[-1]["pair_accuracy"] == 1.0 or name == "sft"
+    # mpo sets those above the group's mean against the others, whose order among themselves it does not teach.
+    at_least = {"sft": 0.0, "mpo": 0.6}.get(name, 1.0)
+    assert logged(run)[-1]["pair_accuracy"] >= at_least
     assert ("rewards/margins" in logged(run)[-1]) == (name in NEEDS_REFERENCE)
     if name in NEEDS_REFERENCE:
         assert logged(run)[-1]["rewards/margins"] > 0
