@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from reward_folders import llama_classifier
 from rich.console import Console
@@ -26,6 +27,8 @@ from transformers import AutoModelForCausalLM
 from rrhf_peft.recipe import load_recipe
 from rrhf_peft.records import UserError
 from rrhf_peft.score.run import score_recipe
+
+torch.set_num_threads(1)  # as in the processes of a launch: two threads sum in another order, and last digits differ
 
 TESTS = Path(__file__).resolve().parents[1]
 
