@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from abc import abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,8 +47,8 @@ class _Table(Sequence[T]):
     def __init__(self, rows: datasets.Dataset) -> None:
         self.rows = rows
 
-    def _objects(self, columns: dict[str, list[Any]]) -> list[T]:
-        raise NotImplementedError
+    @abstractmethod
+    def _objects(self, columns: dict[str, list[Any]]) -> list[T]: ...
 
     def __len__(self) -> int:
         return len(self.rows)
